@@ -1,0 +1,38 @@
+"""LoRA fine-tuning of mixture-of-experts models whose experts live in host memory and run on the CPU.
+
+`docs/` explains; `ktmoe train config.yaml` is the short way through LLaMA-Factory.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+
+if TYPE_CHECKING:
+    from ktmoe.adapters import load_adapter
+    from ktmoe.config import KTConfig
+    from ktmoe.experts import MoEExperts
+    from ktmoe.models import attach
+    from ktmoe.types import ExpertWeights, KernelError, KTError
+
+__version__ = "0.1.0.dev0"
+
+_HOME = {
+    "ExpertWeights": "types",
+    "KTConfig": "config",
+    "KTError": "types",
+    "KernelError": "types",
+    "MoEExperts": "experts",
+    "attach": "models",
+    "load_adapter": "adapters",
+}
+
+__all__ = ["ExpertWeights", "KTConfig", "KTError", "KernelError", "MoEExperts", "attach", "load_adapter"]
+
+
+def __getattr__(name: str) -> Any:
+    """Imports a public name when it is first asked for: the gate's child process needs no transformers."""
+    if name in _HOME:
+        return getattr(importlib.import_module(f"ktmoe.{_HOME[name]}"), name)
+    raise AttributeError(f"module 'ktmoe' has no attribute {name!r}")

@@ -1,0 +1,77 @@
+"""The one autograd Function that drives every backend."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from ktmoe_reference import LORA_NAMES
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ktmoe.interface import Backend
+from ktmoe.types import Inputs, Lora, MoEShape
+from ktmoe.validation import make_inputs
+
+
+@torch.compiler.disable
+def run_experts(
+    backend: Backend, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, lora: Lora | None
+) -> Tensor:
+    """Computes one layer of experts, differentiable in the hidden states, the routing weights and the LoRA.
+
+    Args:
+        backend: loaded.
+        hidden_states: [T, H], any floating dtype, any device.
+        top_k_index: [T, K].
+        top_k_weights: [T, K].
+        lora: the LoRA to apply, or None.
+
+    Returns:
+        [T, H] in the dtype and on the device of `hidden_states`.
+    """
+    tensors = tuple(lora) if lora else ()
+    # Read here: inside forward() grad mode is always off, and under reentrant checkpointing needs_input_grad is true
+    # for the LoRA even in the first pass, which runs without grad and must not fill the cache.
+    wanted = any(t.requires_grad for t in (hidden_states, top_k_weights, *tensors))
+    save = torch.is_grad_enabled() and wanted
+    scaling = lora.scaling if lora else 1.0
+    return _RunExperts.apply(backend, save, scaling, hidden_states, top_k_index, top_k_weights, *tensors)
+
+
+class _RunExperts(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, backend: Backend, save: bool, scaling: float, hidden_states: Tensor, index: Tensor, weights: Tensor,
+        *lora: Tensor,
+    ) -> Tensor:  # fmt: skip
+        inputs = _inputs(backend, hidden_states, index, weights, lora, scaling)
+        out, ticket = backend.forward(inputs, save=save)
+        if save:
+            ctx.backend, ctx.scaling = backend, scaling
+            # The ticket is a tensor and saved like one, so that checkpointing's recompute replaces it with its own.
+            # The user's own tensors are saved, not the backend's casts: autograd then notices a change in place.
+            ctx.save_for_backward(hidden_states, index, weights, torch.tensor(ticket), *lora)
+        return out.to(hidden_states.device, hidden_states.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> Any:  # type: ignore[override]
+        hidden_states, index, weights, ticket, *lora = ctx.saved_tensors
+        inputs = _inputs(ctx.backend, hidden_states, index, weights, tuple(lora), ctx.scaling)
+        grad = grad_output.to("cpu", inputs.hidden_states.dtype).contiguous()
+        grads = ctx.backend.backward(int(ticket), inputs, grad)
+        found = [g.to(t.dtype) for g, t in zip(grads.lora or [], lora, strict=True)]
+        grad_x = grads.hidden_states.to(hidden_states.device, hidden_states.dtype)
+        grad_w = grads.top_k_weights.to(weights.device, weights.dtype)
+        return None, None, None, grad_x, None, grad_w, *found
+
+
+def _inputs(
+    backend: Backend, hidden_states: Tensor, index: Tensor, weights: Tensor, lora: tuple[Tensor, ...], scaling: float
+) -> Inputs:
+    by_name = Lora(dict(zip(LORA_NAMES, lora, strict=True)), scaling) if lora else None
+    shape: MoEShape = backend.shape
+    return make_inputs(hidden_states, index, weights, by_name, shape, backend.compute_dtype)
+
+

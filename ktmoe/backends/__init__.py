@@ -1,0 +1,101 @@
+"""The implementations behind the interface, and which of them runs on this host."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+
+import psutil
+
+from ktmoe.backends import kernel
+from ktmoe.backends.reference import ReferenceBackend
+from ktmoe.backends.torch import TorchBackend
+from ktmoe.config import KTConfig
+from ktmoe.interface import Backend
+from ktmoe.types import ExpertWeights, KTError, MoEShape
+from ktmoe.validation import check_shape
+
+
+KERNEL_BACKENDS = ("AMXBF16", "AMXInt8")
+_said: set[str] = set()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will run, decided from the configuration, the CPU and the shape; nothing is loaded yet.
+
+    Attributes:
+        backend: AMXBF16, AMXInt8, torch or reference.
+        threads: CPU threads of the kernel.
+        tp: parts of the intermediate dimension.
+        max_len: tokens per kernel call.
+        share_backward: whether the layers share one repacked backward buffer.
+        note: why it is not what the configuration names, or "".
+    """
+
+    backend: str
+    threads: int
+    tp: int
+    max_len: int
+    share_backward: bool
+    note: str = ""
+
+    @property
+    def is_kernel(self) -> bool:
+        """Whether kt_kernel computes, and the gate must be passed."""
+        return self.backend in KERNEL_BACKENDS
+
+
+def plan(config: KTConfig, shape: MoEShape) -> Plan:
+    """Decides what runs.
+
+    Without SFT classes for this CPU the torch backend takes over; `auto` also leaves the kernel for shapes that it
+    cannot take.
+
+    Raises:
+        KTError: a shape or rank that the named backend cannot take.
+    """
+    check_shape(shape)
+    wanted, note = config.kt_backend, ""
+    if wanted == "auto":
+        wanted = "AMXBF16"
+        try:
+            kernel.check_shape(wanted, shape)
+        except KTError as error:
+            wanted, note = "torch", str(error)
+    if wanted in KERNEL_BACKENDS:
+        kernel.check_shape(wanted, shape)
+        if not kernel.available():
+            wanted, note = "torch", f"no SFT kernel on this host: {kernel.variant()}"
+    threads = config.kt_num_threads or psutil.cpu_count(logical=False) or 1
+    tp = 1
+    if config.kt_tp_enabled and wanted in KERNEL_BACKENDS:
+        tp = kernel.valid_tp(wanted, shape, len(kernel.numa_nodes()))
+    return Plan(wanted, threads, tp, config.kt_max_len or 4096, config.kt_share_backward != "off", note)
+
+
+def build(plan: Plan, weights: ExpertWeights, shape: MoEShape, scaling: float) -> Backend:
+    """Loads frozen weights into the planned backend. Says once why it is another one than configured."""
+    if plan.note:
+        say_once(f"ktmoe: the routed experts run on the {plan.backend} backend ({plan.note}).")
+    if plan.backend == "reference":
+        return ReferenceBackend(weights, shape)
+    if plan.backend == "torch":
+        return TorchBackend(weights, shape)
+    return kernel.KernelBackend(
+        plan.backend,
+        weights,
+        shape,
+        scaling=scaling,
+        threads=plan.threads,
+        tp=plan.tp,
+        max_len=plan.max_len,
+        share_backward=plan.share_backward,
+    )
+
+
+def say_once(message: str) -> None:
+    """Warns, once per process and message."""
+    if message not in _said:
+        _said.add(message)
+        warnings.warn(message, stacklevel=3)

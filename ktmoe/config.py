@@ -1,0 +1,114 @@
+"""The configuration keys of the mission, checked; and what to write instead of the keys of older stacks."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from ktmoe.types import KTError
+
+
+BACKENDS = ("AMXBF16", "AMXInt8", "torch", "reference", "auto")
+SHARE_BACKWARD = ("auto", "on", "off")
+FALLBACK = ("error", "torch")
+
+# Keys of LLaMA-Factory 0.9.4's KTransformers integration, of the first fork, and of 0.9.5's own unused fields.
+OLD_KEYS = {
+    "kt_optimize_rule": "delete it: the experts of every supported model are found without rules",
+    "cpu_infer": "write kt_num_threads",
+    "chunk_size": "delete it, or write kt_max_len (tokens per kernel call)",
+    "mode": "delete it",
+    "kt_maxlen": "write kt_max_len, or delete it",
+    "kt_use_cuda_graph": "delete it: training has no CUDA graph",
+    "kt_mode": "write kt_backend: AMXBF16 | AMXInt8 | torch | reference | auto",
+    "kt_force_think": "delete it: it concerned chat only",
+    "kt_expert_checkpoint_path": "delete it: the experts come from model_name_or_path",
+    "kt_use_lora_experts": "delete it: the routed experts have LoRA when lora_target covers them",
+    "kt_lora_expert_num": "delete it: the routed experts have LoRA when lora_target covers them",
+    "kt_lora_expert_intermediate_size": "delete it: the routed experts have LoRA when lora_target covers them",
+}
+
+
+def _key(default: Any, help: str) -> Any:
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class KTConfig:
+    """How the routed experts run. Every field is a key of a LLaMA-Factory YAML under the same name.
+
+    Raises:
+        KTError: a value that is unknown, of the wrong type, out of range, or of a feature that is not built yet.
+    """
+
+    kt_backend: str = _key(
+        "auto", "What computes the routed experts: AMXBF16, AMXInt8 (kt_kernel), torch, reference, or auto."
+    )
+    kt_num_threads: int | None = _key(None, "CPU threads of the kernel. Default: the number of physical cores.")
+    kt_tp_enabled: bool = _key(False, "One pool of threads per NUMA node (at most 4), each holding a slice of every expert.")
+    kt_num_gpu_experts: int = _key(0, "Experts kept on the GPU. Not built yet: only 0 is accepted.")
+    kt_weight_path: str | None = _key(None, "Packed INT8 weights on disk. Not built yet: leave it out.")
+    kt_max_len: int | None = _key(None, "Tokens per kernel call; longer inputs run in chunks. Default: 4096.")
+    kt_share_backward: str = _key(
+        "auto", "One repacked backward buffer for all layers (on, less memory) or a copy per layer (off, faster). auto: on."
+    )
+    kt_fallback: str = _key("error", "When the kernel fails its checks: stop (error), or go on with the torch backend (torch).")
+
+    def __post_init__(self) -> None:
+        """Checks and normalises every field: LLaMA-Factory's parser does not (it lets any YAML value through)."""
+        for name, choices in (
+            ("kt_backend", BACKENDS),
+            ("kt_share_backward", SHARE_BACKWARD),
+            ("kt_fallback", FALLBACK),
+        ):
+            object.__setattr__(self, name, _choice(name, getattr(self, name), choices))
+        for name in ("kt_num_threads", "kt_max_len"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise KTError(f"{name}: got {value!r}; expected a whole number of at least 1, or nothing.")
+        if not isinstance(self.kt_tp_enabled, bool):
+            raise KTError(f"kt_tp_enabled: got {self.kt_tp_enabled!r}; expected true or false.")
+        if isinstance(self.kt_num_gpu_experts, bool) or self.kt_num_gpu_experts != 0:
+            raise KTError(
+                f"kt_num_gpu_experts: got {self.kt_num_gpu_experts!r}; only 0 is built so far (the kernel's own setting "
+                "for it is ignored in training). Write 0, or leave it out."
+            )
+        if self.kt_weight_path is not None:
+            raise KTError(
+                f"kt_weight_path: got {self.kt_weight_path!r}; packed weights on disk are not built yet. Leave it out: "
+                "AMXInt8 quantises the model's own weights while loading."
+            )
+
+    @classmethod
+    def field_help(cls) -> dict[str, tuple[str, Any, str]]:
+        """`{name: (type as text, default, help)}` of every key, for argument parsers and documentation."""
+        return {f.name: (str(f.type), f.default, f.metadata["help"]) for f in dataclasses.fields(cls)}
+
+
+def _choice(name: str, value: Any, choices: tuple[str, ...]) -> str:
+    by_lower = {c.lower(): c for c in choices}
+    found = by_lower.get(value.lower()) if isinstance(value, str) else None
+    if found is None and isinstance(value, bool) and ("on" in choices):  # YAML 1.1 reads on/off as booleans
+        found = "on" if value else "off"
+    if found is None:
+        near = difflib.get_close_matches(str(value).lower(), list(by_lower), n=1, cutoff=0.5)
+        hint = f" Did you mean {by_lower[near[0]]}?" if near else ""
+        raise KTError(f"{name}: got {value!r}; expected one of {', '.join(choices)} (upper or lower case).{hint}")
+    return found
+
+
+def check_keys(names: Iterable[str]) -> None:
+    """Refuses keys of older stacks.
+
+    Args:
+        names: the keys as the user wrote them, with or without leading dashes.
+
+    Raises:
+        KTError: names every old key and says what to write now.
+    """
+    old = [n for n in (name.lstrip("-") for name in names) if n in OLD_KEYS]
+    if old:
+        raise KTError("Keys that ktmoe does not know any more:\n" + "\n".join(f"  {n}: {OLD_KEYS[n]}." for n in old))

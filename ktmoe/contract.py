@@ -1,0 +1,195 @@
+"""The contract: a drawn case, the fp64 specification's answer to it, and how far a backend may be from that.
+
+The gate on the user's machine, `nox -s accuracy` and the tests all measure with these functions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+import torch
+from ktmoe_reference import LORA_NAMES, experts_forward
+from torch import Tensor
+
+from ktmoe.interface import Backend
+from ktmoe.types import ExpertWeights, Gradients, Lora, MoEShape
+from ktmoe.validation import make_inputs
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call with its output gradient. Every active expert has tokens of its own, the last expert has none."""
+
+    shape: MoEShape
+    weights: ExpertWeights
+    lora: Lora
+    hidden_states: Tensor  # [T, H]
+    top_k_index: Tensor  # [T, K]
+    top_k_weights: Tensor  # [T, K]
+    grad_output: Tensor  # [T, H]
+
+    @property
+    def active(self) -> range:
+        """Experts that have tokens."""
+        return range(self.shape.num_experts - 1)
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """How far one tensor is from the specification's.
+
+    Attributes:
+        name: output, hidden_states, top_k_weights, or one of `LORA_NAMES` (gradients but for the first).
+        expert: over this expert alone, or None for the whole tensor.
+        error: mean |x - ref| / mean |ref|.
+        projection: <x, ref> / <ref, ref>: 1 but for rounding; a wrong scale or a missing part moves it.
+    """
+
+    name: str
+    expert: int | None
+    error: float
+    projection: float
+
+    @property
+    def label(self) -> str:
+        """For tables and messages."""
+        return self.name if self.expert is None else f"{self.name}, expert {self.expert}"
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Largest errors that pass.
+
+    Attributes:
+        forward: relative error of the output.
+        backward: of every gradient.
+        projection: distance of the projection from 1.
+    """
+
+    forward: float
+    backward: float
+    projection: float
+
+
+# What a user's gate holds (the hard limits), and what is expected and held by this project's own checks.
+HARD = {"AMXBF16": Limits(0.05, 0.10, 0.005), "AMXInt8": Limits(0.15, 0.25, 0.01)}
+EXPECTED = {"AMXBF16": Limits(0.01, 0.015, 0.005), "AMXInt8": Limits(0.035, 0.04, 0.01)}
+HARD["torch"], EXPECTED["torch"] = HARD["AMXBF16"], EXPECTED["AMXBF16"]
+HARD["reference"] = EXPECTED["reference"] = Limits(1e-5, 1e-5, 1e-5)
+ROUNDING_FLOOR = 0.002  # half a bf16 ulp, relative
+
+
+def draw_case(shape: MoEShape, tokens: int, seed: int) -> Case:
+    """Draws weights, non-zero LoRA and a routing in which every expert but the last can be told apart.
+
+    Args:
+        shape: sizes; at least two experts.
+        tokens: tokens with random experts, besides two per expert that are routed to it alone.
+        seed: of everything.
+
+    Returns:
+        bf16 weights, LoRA and activations, so that no backend is charged for the rounding of its inputs.
+    """
+    g = torch.Generator().manual_seed(seed)
+    e, h, i, k = shape.num_experts, shape.hidden_size, shape.intermediate_size, shape.top_k
+
+    def randn(*size: int, scale: float = 1.0) -> Tensor:
+        return torch.randn(*size, generator=g).mul_(scale).to(torch.bfloat16)
+
+    weights = ExpertWeights(randn(e, i, h, scale=h**-0.5), randn(e, i, h, scale=h**-0.5), randn(e, h, i, scale=i**-0.5))
+    lora = {
+        # A as trained ones are, B such that LoRA moves the output by a fair part of the base's
+        name: randn(*size, scale=size[2] ** -0.5 if name.endswith("lora_A") else 0.3 * size[2] ** -0.5)
+        for name, size in shape.lora_shapes().items()
+    }
+    alone = torch.full((2 * (e - 1), k), -1)
+    alone[:, 0] = torch.arange(e - 1).repeat_interleave(2)
+    mixed = torch.rand(tokens, max(e - 1, k), generator=g).argsort(-1)[:, :k] % max(e - 1, 1)
+    index = torch.cat([alone, mixed])
+    index = index[torch.randperm(len(index), generator=g)]
+    routing = torch.rand(len(index), k, generator=g) * 0.9 + 0.1
+    return Case(shape, weights, Lora(lora, 2.0), randn(len(index), h), index, routing, randn(len(index), h))
+
+
+def specification(case: Case) -> tuple[Tensor, Gradients]:
+    """The fp64 answer: output [T, H] and all gradients."""
+    leaves = [case.hidden_states, case.top_k_weights, *case.lora]
+    x, w, *lora = (t.detach().double().requires_grad_() for t in leaves)
+    projections = (case.weights.gate_proj, case.weights.up_proj, case.weights.down_proj)
+    tensors = dict(zip(LORA_NAMES, lora, strict=True))
+    with torch.enable_grad():
+        out = experts_forward(x, case.top_k_index, w, *projections, tensors, case.lora.scaling)
+        grads = torch.autograd.grad(out, [x, w, *lora], case.grad_output.double())
+    return out.detach(), Gradients(grads[0], grads[1], list(grads[2:]))
+
+
+def answer(backend: Backend, case: Case) -> tuple[Tensor, Gradients]:
+    """A backend's output and gradients for the same case."""
+    inputs = make_inputs(
+        case.hidden_states, case.top_k_index, case.top_k_weights, case.lora, backend.shape, backend.compute_dtype
+    )
+    out, ticket = backend.forward(inputs, save=True)
+    return out, backend.backward(ticket, inputs, case.grad_output.to(backend.compute_dtype))
+
+
+def measure(case: Case, got: tuple[Tensor, Gradients], expected: tuple[Tensor, Gradients]) -> list[Measurement]:
+    """Compares all tensors, as wholes and per expert. Anything not finite measures as infinitely wrong."""
+    rows = [
+        _measurement("output", None, got[0], expected[0]),
+        _measurement("hidden_states", None, got[1].hidden_states, expected[1].hidden_states),
+        _measurement("top_k_weights", None, got[1].top_k_weights, expected[1].top_k_weights),
+    ]
+    alone = (case.top_k_index >= 0).sum(-1) == 1  # [T]
+    for e in case.active:
+        tokens = (alone & (case.top_k_index[:, 0] == e)).nonzero().squeeze(-1)
+        if len(tokens):
+            mine, theirs = got[1].hidden_states[tokens], expected[1].hidden_states[tokens]
+            rows.append(_measurement("output", e, got[0][tokens], expected[0][tokens]))
+            rows.append(_measurement("hidden_states", e, mine, theirs))
+    assert got[1].lora is not None
+    assert expected[1].lora is not None
+    for name, lora, theirs in zip(LORA_NAMES, got[1].lora, expected[1].lora, strict=True):
+        rows.append(_measurement(name, None, lora, theirs))
+        rows.extend(_measurement(name, e, lora[e], theirs[e]) for e in range(case.shape.num_experts))
+    return rows
+
+
+def violations(
+    rows: Iterable[Measurement], limits: Limits, same_precision: Iterable[Measurement] | None = None
+) -> list[str]:
+    """What breaks the contract, as sentences; empty if nothing does.
+
+    Args:
+        rows: of the backend under test.
+        limits: absolute ones.
+        same_precision: rows of a plain torch computation in the same precision; no error may be more than twice its
+            counterpart plus a rounding floor.
+    """
+    found = []
+    baseline = {(m.name, m.expert): m.error for m in same_precision or ()}
+    for m in rows:
+        limit = limits.forward if m.name == "output" else limits.backward
+        if (m.name, m.expert) in baseline:
+            limit = min(limit, 2 * baseline[m.name, m.expert] + ROUNDING_FLOOR)
+        if not m.error <= limit:
+            found.append(f"{m.label}: relative error {m.error:.4g}, limit {limit:.4g}")
+        elif not abs(m.projection - 1) <= limits.projection and m.name != "top_k_weights":
+            found.append(f"{m.label}: projection on the reference {m.projection:.4f}, limit 1 +- {limits.projection}")
+    return found
+
+
+def reduced(shape: MoEShape) -> MoEShape:
+    """The same layer with just enough experts for one to be idle: sizes decide the code path, E does not."""
+    return replace(shape, num_experts=min(shape.num_experts, max(shape.top_k + 2, 4)))
+
+
+def _measurement(name: str, expert: int | None, got: Tensor, expected: Tensor) -> Measurement:
+    x, ref = got.double(), expected.double()
+    if ref.numel() == 0:
+        return Measurement(name, expert, 0.0, 1.0)
+    if not ref.any():  # an expert without tokens: exactly zero, or infinitely wrong
+        return Measurement(name, expert, 0.0 if not x.any() else float("inf"), 1.0)
+    error = ((x - ref).abs().mean() / ref.abs().mean()).item()
+    projection = ((x * ref).sum() / (ref * ref).sum()).item()
+    return Measurement(name, expert, error if error == error else float("inf"), projection)

@@ -1,0 +1,171 @@
+"""`MoEExperts`: the routed experts of one layer as an nn.Module, in the place of transformers' own."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ktmoe.autograd import run_experts
+from ktmoe.backends import Plan, build, plan
+from ktmoe.config import KTConfig
+from ktmoe.gate import ensure_verified, probe
+from ktmoe.interface import Backend
+from ktmoe.types import ExpertWeights, KTError, Lora, MoEShape
+from ktmoe.validation import check_call, check_lora
+
+
+class MoEExperts(nn.Module):
+    """Routed experts that live in host memory. Same signature as the experts modules of transformers 5.
+
+    With `r` it owns LoRA parameters and is ready to train by itself. Without, it computes the frozen experts, and
+    `ktmoe.adapters` wraps it with peft's adapters.
+    """
+
+    def __init__(
+        self,
+        weights: ExpertWeights,
+        *,
+        top_k: int,
+        r: int = 0,
+        lora_alpha: float | None = None,
+        config: KTConfig | None = None,
+    ) -> None:
+        """Holds the weights; loads them into the backend at once if `r` is given, else when first needed.
+
+        Args:
+            weights: frozen; stay the caller's.
+            top_k: experts per token.
+            r: LoRA rank, 0 for no LoRA of its own.
+            lora_alpha: LoRA is scaled by lora_alpha / r; defaults to r.
+            config: which backend, threads, limits.
+
+        Raises:
+            KTError: sizes or a rank that the backend cannot take.
+        """
+        super().__init__()
+        if isinstance(r, bool) or not isinstance(r, int) or r < 0:
+            raise KTError(f"r: got {r!r}; expected a whole number: the LoRA rank, or 0 for none.")
+        self.weights, self.top_k, self.config = weights, top_k, config or KTConfig()
+        self.r = r
+        self.scaling = (r if lora_alpha is None else lora_alpha) / r if r else 1.0
+        self._backend: Backend | None = None
+        self.plan: Plan = plan(self.config, self.shape(max(r, 1)))
+        # Read by peft for the device to put an adapter on, and by code that asks an experts module for its dtype.
+        self.weight = torch.empty(0, dtype=weights.dtype)
+        if r:
+            self.lora_A = nn.ParameterDict()
+            self.lora_B = nn.ParameterDict()
+            for name, shape in self.shape(r).lora_shapes().items():
+                projection, side = name.split(".")
+                getattr(self, side)[projection] = nn.Parameter(init_lora(shape, side))
+            self.load(r, self.scaling)
+
+    @property
+    def num_experts(self) -> int:
+        """E."""
+        return self.weights.num_experts
+
+    @property
+    def hidden_size(self) -> int:
+        """H: both what comes in and what goes out."""
+        return self.weights.hidden_size
+
+    in_features = out_features = hidden_size  # peft asks a layer that it adapts
+
+    @property
+    def lora(self) -> dict[str, nn.Parameter]:
+        """The module's own LoRA parameters by the names of `LORA_NAMES`; empty without `r`."""
+        if not self.r:
+            return {}
+        return {name: getattr(self, name.split(".")[1])[name.split(".")[0]] for name in self.shape(self.r).lora_shapes()}
+
+    def shape(self, rank: int) -> MoEShape:
+        """This layer's sizes, for LoRA of up to `rank`."""
+        w = self.weights
+        return MoEShape(w.num_experts, w.hidden_size, w.intermediate_size, self.top_k, rank)
+
+    def load(self, rank: int, scaling: float = 1.0) -> Backend:
+        """Loads the weights into the backend, for LoRA of up to `rank`. Later calls with no greater rank do nothing.
+
+        The kernel is verified first: by the contract gate for its shape on this host, then on these very weights.
+
+        Raises:
+            KTError: the layer was loaded for a smaller rank.
+            KernelError: the kernel failed a check, and `kt_fallback` is `error`.
+        """
+        if self._backend is None:
+            shape = self.shape(rank)
+            self.plan = ensure_verified(plan(self.config, shape), shape, self.config)
+            backend = build(self.plan, self.weights, shape, scaling)
+            if self.plan.is_kernel:
+                backend = probe(backend, self.plan, self.weights, self.config)
+            self._backend = backend
+        elif self._backend.shape.rank < rank:
+            raise KTError(
+                f"r: got {rank}; this layer's experts were loaded for at most {self._backend.shape.rank}. Attach the "
+                f"model with r={rank}, the largest rank of all its adapters."
+            )
+        return self._backend
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """Routed experts with the module's own LoRA.
+
+        Args:
+            hidden_states: [T, H].
+            top_k_index: [T, K] integers; outside [0, E) means "skip".
+            top_k_weights: [T, K].
+
+        Returns:
+            [T, H], dtype and device of `hidden_states`.
+        """
+        lora = Lora(self.lora, self.scaling) if self.r else None
+        return self.run(hidden_states, top_k_index, top_k_weights, lora)
+
+    def run(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, lora: Lora | None) -> Tensor:
+        """`forward` with a LoRA that somebody else holds, or none."""
+        backend = self._backend or self.load(lora.rank if lora else 1, lora.scaling if lora else 1.0)
+        check_call(hidden_states, top_k_index, top_k_weights, backend.shape)
+        if lora is not None:
+            check_lora(lora, backend.shape)
+        return run_experts(backend, hidden_states, top_k_index, top_k_weights, lora)
+
+    def close(self) -> None:
+        """Releases the backend. The kernel leaks its packed weights all the same (trap K22): attach once, keep it."""
+        if self._backend is not None:
+            self._backend.close()
+            self._backend = None
+
+    def _apply(self, fn: Any, recurse: bool = True) -> MoEExperts:
+        """Follows `.to(dtype)` but stays on the CPU: the experts are here because they do not fit elsewhere."""
+
+        def stay(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.device.type == "cpu" else tensor.to(moved.dtype)
+
+        return super()._apply(stay, recurse)
+
+    def extra_repr(self) -> str:
+        """Sizes and backend."""
+        w = self.weights
+        sizes = f"num_experts={w.num_experts}, hidden_size={w.hidden_size}, intermediate_size={w.intermediate_size}"
+        return f"{sizes}, top_k={self.top_k}, backend={self.plan.backend}"
+
+
+def init_lora(shape: tuple[int, int, int], side: str) -> Tensor:
+    """A stacked LoRA tensor as peft initialises one `nn.Linear` per expert: A uniform in +-1/sqrt(in), B zero.
+
+    Args:
+        shape: [E, r, in] for lora_A, [E, out, r] for lora_B.
+        side: "lora_A" or "lora_B".
+
+    Returns:
+        fp32.
+    """
+    tensor = torch.zeros(shape)
+    if side == "lora_A":
+        bound = 1 / math.sqrt(shape[2])  # kaiming_uniform with a = sqrt(5), nn.Linear's default
+        tensor.uniform_(-bound, bound)
+    return tensor

@@ -1,0 +1,182 @@
+"""The vocabulary that every other module shares: weights, LoRA, shapes, gradients, and the one error class."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Union
+
+import torch
+from ktmoe_reference import LORA_NAMES
+from torch import Tensor
+
+
+PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+
+Stack = Union[Tensor, Sequence[Tensor]]  # noqa: UP007  (evaluated at import on Python 3.10)
+
+
+class KTError(ValueError):
+    """Something that the user can mend. The message names the argument, what it got, what was expected, the remedy."""
+
+
+class KernelError(RuntimeError):
+    """The kernel gave a wrong number or did not survive a check. Nothing that it computed was used."""
+
+
+@dataclass(frozen=True)
+class MoEShape:
+    """What a backend is built for. A certificate of the contract gate holds for one of these.
+
+    Attributes:
+        num_experts: E.
+        hidden_size: H.
+        intermediate_size: I, of one expert.
+        top_k: K, experts per token.
+        rank: largest LoRA rank that a call may bring.
+    """
+
+    num_experts: int
+    hidden_size: int
+    intermediate_size: int
+    top_k: int
+    rank: int
+
+    def lora_shapes(self, rank: int | None = None) -> dict[str, tuple[int, int, int]]:
+        """Shapes of the six stacked LoRA tensors, by the names of `LORA_NAMES`."""
+        r = self.rank if rank is None else rank
+        e, h, i = self.num_experts, self.hidden_size, self.intermediate_size
+        return dict(zip(LORA_NAMES, ((e, r, h), (e, i, r), (e, r, h), (e, i, r), (e, r, i), (e, h, r)), strict=True))
+
+
+@dataclass(frozen=True)
+class ExpertWeights:
+    """The frozen weights of one layer of routed experts, held by somebody else and never copied here.
+
+    Each projection is a stacked tensor or a sequence of E matrices (checkpoints hold the latter; stacking would copy).
+
+    Attributes:
+        gate_proj: [E, I, H].
+        up_proj: [E, I, H].
+        down_proj: [E, H, I].
+    """
+
+    gate_proj: Stack
+    up_proj: Stack
+    down_proj: Stack
+
+    def __post_init__(self) -> None:
+        """Refuses anything whose shapes or dtypes do not fit together, before a pointer is taken."""
+        lengths = {p: len(getattr(self, p)) for p in PROJECTIONS}
+        if len(set(lengths.values())) != 1 or lengths["gate_proj"] == 0:
+            raise KTError(f"ExpertWeights: the projections hold {lengths} experts; expected one equal number above zero.")
+        if self.gate_proj[0].dim() != 2:
+            raise KTError(f"ExpertWeights: gate_proj[0] has shape {tuple(self.gate_proj[0].shape)}; expected [I, H].")
+        i, h = self.gate_proj[0].shape
+        dtype = self.gate_proj[0].dtype
+        if dtype not in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+            raise KTError(
+                f"ExpertWeights: gate_proj is {dtype}; expected bfloat16, float16 or float32. Quantised checkpoints "
+                "must be dequantised first."
+            )
+        for name, shape in (("gate_proj", (i, h)), ("up_proj", (i, h)), ("down_proj", (h, i))):
+            for e, w in enumerate(getattr(self, name)):
+                if tuple(w.shape) != shape or w.dtype != dtype:
+                    raise KTError(
+                        f"ExpertWeights: {name}[{e}] is {w.dtype} {tuple(w.shape)}; expected {dtype} {shape}, to fit "
+                        "gate_proj[0]."
+                    )
+
+    @property
+    def num_experts(self) -> int:
+        """E."""
+        return len(self.gate_proj)
+
+    @property
+    def hidden_size(self) -> int:
+        """H."""
+        return self.gate_proj[0].shape[1]
+
+    @property
+    def intermediate_size(self) -> int:
+        """I."""
+        return self.gate_proj[0].shape[0]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that the weights are held in."""
+        return self.gate_proj[0].dtype
+
+    def expert(self, e: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Gate, up [I, H] and down [H, I] of expert `e`: views, no copies."""
+        return self.gate_proj[e], self.up_proj[e], self.down_proj[e]
+
+    def nbytes(self) -> int:
+        """Bytes of all weights in the dtype they are held in."""
+        return 3 * self.num_experts * self.hidden_size * self.intermediate_size * self.gate_proj[0].element_size()
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Six stacked LoRA tensors and their scale, for one call.
+
+    Attributes:
+        tensors: by the names of `LORA_NAMES`: A [E, r, in], B [E, out, r].
+        scaling: alpha / r (alpha / sqrt(r) for rsLoRA).
+    """
+
+    tensors: Mapping[str, Tensor]
+    scaling: float
+
+    @property
+    def rank(self) -> int:
+        """r."""
+        return self.tensors["gate_proj.lora_A"].shape[1]
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """The six tensors in the order of `LORA_NAMES`."""
+        return (self.tensors[name] for name in LORA_NAMES)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """One call of the experts, validated, as every backend receives it.
+
+    Attributes:
+        hidden_states: [T, H] on the CPU, contiguous; bf16 for the torch and kernel backends, fp32 for the reference.
+        top_k_index: [T, K] int64, contiguous; what is outside [0, E) is -1 and contributes nothing.
+        top_k_weights: [T, K] float32, contiguous.
+        lora: the six tensors as the user holds them (fp32 or bf16), or None.
+    """
+
+    hidden_states: Tensor
+    top_k_index: Tensor
+    top_k_weights: Tensor
+    lora: Lora | None
+
+    def rows(self, rows: slice | Tensor) -> Inputs:
+        """The same call for some of the tokens."""
+        return Inputs(self.hidden_states[rows], self.top_k_index[rows], self.top_k_weights[rows], self.lora)
+
+
+@dataclass
+class Gradients:
+    """What a backward gives.
+
+    Attributes:
+        hidden_states: [T, H] in the dtype of the inputs.
+        top_k_weights: [T, K] float32.
+        lora: six float32 tensors in the order of `LORA_NAMES`, zero for experts without a token; None without LoRA.
+    """
+
+    hidden_states: Tensor
+    top_k_weights: Tensor
+    lora: list[Tensor] | None
+
+    def merge_rows(self, rows: Tensor, other: Gradients) -> None:
+        """Takes the gradients of the tokens `rows` from another backward, and adds its LoRA gradients."""
+        self.hidden_states[rows] = other.hidden_states
+        self.top_k_weights[rows] = other.top_k_weights
+        if self.lora is not None and other.lora is not None:
+            for mine, theirs in zip(self.lora, other.lora, strict=True):
+                mine += theirs
