@@ -88,22 +88,23 @@ class MoEExperts(nn.Module):
         return MoEShape(w.num_experts, w.hidden_size, w.intermediate_size, self.top_k, rank)
 
     def load(self, rank: int, scaling: float = 1.0) -> Backend:
-        """Loads the weights into the backend, for LoRA of up to `rank`. Later calls with no greater rank do nothing.
+        """Loads the weights into the backend, for LoRA of up to `rank`. Later calls do nothing.
 
         The kernel is verified first: by the contract gate for its shape on this host, then on these very weights.
 
         Raises:
-            KTError: the layer was loaded for a smaller rank.
+            KTError: the kernel was loaded for a smaller rank.
             KernelError: the kernel failed a check, and `kt_fallback` is `error`.
         """
-        if self._backend is None:
+        outgrown = self._backend is not None and self._backend.shape.rank < rank
+        if self._backend is None or (outgrown and not self.plan.is_kernel):  # the others have nothing built for a rank
             shape = self.shape(rank)
             self.plan = ensure_verified(plan(self.config, shape), shape, self.config)
             backend = build(self.plan, self.weights, shape, scaling)
             if self.plan.is_kernel:
                 backend = probe(backend, self.plan, self.weights, self.config)
             self._backend = backend
-        elif self._backend.shape.rank < rank:
+        elif outgrown:
             raise KTError(
                 f"r: got {rank}; this layer's experts were loaded for at most {self._backend.shape.rank}. Attach the "
                 f"model with r={rank}, the largest rank of all its adapters."

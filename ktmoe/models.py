@@ -1,0 +1,213 @@
+"""Finding the routed experts of a transformers model and putting `MoEExperts` in their place."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from ktmoe.adapters import get_peft_model
+from ktmoe.backends import kernel, plan
+from ktmoe.config import KTConfig
+from ktmoe.experts import MoEExperts
+from ktmoe.peft_layer import LoraExperts
+from ktmoe.types import ExpertWeights, KTError
+
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+
+def attach(
+    model: nn.Module, config: KTConfig | None = None, lora: LoraConfig | None = None, r: int | None = None
+) -> nn.Module:
+    """Moves the routed experts of a model that is in memory to ktmoe, in place.
+
+    The experts' own tensors stay referenced as the source of checks and exact recomputes; nothing else changes.
+
+    Args:
+        model: any transformers 5 model whose experts are plain (gated by silu, no bias, applied after the router).
+        config: which backend, threads, limits.
+        lora: if given, the adapter is added too, on the experts and on the rest.
+        r: the largest LoRA rank that adapters will have, where `lora` does not say it. With neither, the experts are
+            loaded when they are first needed.
+
+    Returns:
+        The model, or a PeftModel around it if `lora` was given.
+
+    Raises:
+        KTError: no MoE layer, experts that are not plain, or sizes that the backend cannot take. The model is as before.
+        KernelError: the kernel failed a check.
+    """
+    config = config or KTConfig()
+    rank = lora.r if lora is not None else r
+    found = _find(model)
+    for name, (module, top_k) in found.items():
+        _check_dtype(name, module)
+        plan(config, MoEExperts(_weights(module), top_k=top_k, config=config).shape(rank or 1))
+    replaced = {name: MoEExperts(_weights(m), top_k=k, config=config) for name, (m, k) in found.items()}
+    if rank:  # before the model is touched: a kernel that fails its checks leaves it as it was
+        for experts in tqdm(replaced.values(), desc="Loading experts", unit="layer", disable=len(replaced) < 8):
+            experts.load(rank)
+    for name, experts in replaced.items():
+        experts.train(found[name][0].training)
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, experts)
+    if hasattr(model, "save_pretrained"):
+        model.save_pretrained = functools.partial(_refuse_save, type(model).__name__)
+    return model if lora is None else get_peft_model(model, lora)
+
+
+def check_model(model_config: Any, config: KTConfig, r: int) -> None:
+    """Refuses, from the configuration alone, a model that `attach` would refuse. Nothing is loaded.
+
+    Args:
+        model_config: a transformers configuration.
+        config: which backend.
+        r: LoRA rank.
+
+    Raises:
+        KTError: as `attach`.
+    """
+    from transformers import AutoModelForCausalLM
+
+    if isinstance(r, bool) or not isinstance(r, int) or r < 1:
+        raise KTError(f"lora_rank: got {r!r}; expected a whole number of at least 1.")
+    try:
+        with torch.device("meta"), warnings.catch_warnings(action="ignore"):
+            skeleton = AutoModelForCausalLM.from_config(model_config, trust_remote_code=False)
+    except (ValueError, KeyError, AttributeError, ImportError) as error:
+        raise KTError(f"transformers has no causal language model for {type(model_config).__name__}: {error}") from error
+    for module, top_k in _find(skeleton).values():
+        gate_up = module.gate_up_proj
+        plan(config, MoEExperts(_weights(module), top_k=top_k, config=config).shape(r))
+        assert gate_up.device.type == "meta"
+
+
+def moe_layers(model: nn.Module) -> dict[str, MoEExperts]:
+    """The layers that ktmoe runs, by module name."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, MoEExperts)}
+
+
+def unwrapped_layers(model: nn.Module) -> list[str]:
+    """Names of routed experts that are not ktmoe's."""
+    ours = tuple(f"{name}." for name, m in model.named_modules() if isinstance(m, (MoEExperts, LoraExperts)))
+    return [
+        name
+        for name, m in model.named_modules()
+        if _looks_like_experts(name, m) and not isinstance(m, (MoEExperts, LoraExperts)) and not name.startswith(ours or ("\0",))
+    ]
+
+
+def summary(model: nn.Module) -> list[str]:
+    """What runs where, in a few lines: backend, CPU variant, threads, experts, trainable parameters."""
+    layers = list(moe_layers(model).values())
+    if not layers:
+        return ["ktmoe: no routed experts are attached."]
+    first = layers[0]
+    where = {"torch": "PyTorch on the CPU", "reference": "the fp32 reference on the CPU"}.get(first.plan.backend)
+    if first.plan.is_kernel:
+        pools = f", {first.plan.tp} NUMA pools" if first.plan.tp > 1 else ""
+        where = f"kt_kernel ({kernel.variant()}), {first.plan.threads} threads{pools}, verified on this machine"
+    size = sum(m.weights.nbytes() for m in layers) / 1e9
+    rest = {p.device.type for n, p in model.named_parameters() if ".experts." not in n}
+    expert_ids = {id(p) for m in model.modules() if isinstance(m, (MoEExperts, LoraExperts)) for p in m.parameters()}
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    of_experts = sum(p.numel() for p in trainable if id(p) in expert_ids)
+    others = sum(p.numel() for p in trainable) - of_experts
+    return [
+        f"ktmoe: routed experts on {first.plan.backend}: {where}",
+        f"ktmoe: {len(layers)} MoE layers x {first.num_experts} experts, {size:.3g} GB of {first.weights.dtype} weights "
+        f"in host memory; everything else on {', '.join(sorted(rest)) or 'cpu'}",
+        f"ktmoe: trainable parameters: {of_experts:,} in expert LoRA, {others:,} elsewhere",
+    ]
+
+
+def _find(model: nn.Module) -> dict[str, tuple[nn.Module, int]]:
+    """Every routed-experts module with its top_k. Raises KTError if there is none or one is not plain."""
+    if moe_layers(model):
+        raise KTError("This model's routed experts are attached already.")
+    found = {name: m for name, m in model.named_modules() if _looks_like_experts(name, m)}
+    if not found:
+        raise KTError(
+            f"{type(model).__name__} has no MoE layer: no module of it holds routed experts. use_kt is for "
+            "mixture-of-experts models; train this one without it (use_kt: false)."
+        )
+    problems = {name: why for name, m in found.items() if (why := _why_not_plain(m))}
+    if problems:
+        name, why = next(iter(problems.items()))
+        raise KTError(
+            f"{type(found[name]).__name__} ({name}) of {type(model).__name__} does not fit: {why}. ktmoe computes "
+            "D(silu(G x) * (U x)) with stacked weights, as transformers 5 holds them."
+        )
+    return {name: (m, _top_k(model, name)) for name, m in found.items()}
+
+
+def _looks_like_experts(name: str, module: nn.Module) -> bool:
+    """Stacked weights [E, ...] of a gated MLP, or a list of expert modules, whatever the class is called."""
+    stacked = [p for p in module.parameters(recurse=False) if p.dim() == 3]
+    is_list = isinstance(module, nn.ModuleList) and name.rsplit(".", 1)[-1] == "experts" and len(module) > 1
+    return len(stacked) >= 2 or is_list
+
+
+def _why_not_plain(module: nn.Module) -> str:
+    """Why ktmoe cannot compute this experts module, or ""."""
+    if isinstance(module, nn.ModuleList):
+        return "its experts are separate modules (transformers 4, or remote code); transformers 5.2 or later stacks them"
+    extra = sorted(set(dict(module.named_parameters())) - {"gate_up_proj", "down_proj"})
+    gate_up, down = getattr(module, "gate_up_proj", None), getattr(module, "down_proj", None)
+    if gate_up is None or down is None or extra:
+        return f"it has parameters {sorted(dict(module.named_parameters()))}; expected gate_up_proj and down_proj alone"
+    if getattr(module, "has_bias", False):
+        return "its experts have biases"
+    if not getattr(module, "has_gate", True):
+        return "its experts have no gate"
+    e, two_i, h = gate_up.shape
+    if getattr(module, "is_transposed", False) or tuple(down.shape) != (e, h, two_i // 2):
+        return f"gate_up_proj {tuple(gate_up.shape)} and down_proj {tuple(down.shape)} are not [E, 2I, H] and [E, H, I]"
+    gate = getattr(type(module), "_apply_gate", None)
+    if gate is not None and not gate.__module__.startswith("transformers.integrations"):
+        return "it has a gate function of its own"
+    x = torch.linspace(-6, 6, 25)
+    act = getattr(module, "act_fn", None)
+    if act is None or not torch.allclose(act(x), nn.functional.silu(x)):
+        return f"its activation is {type(act).__name__}, not silu"
+    return ""
+
+
+def _weights(module: nn.Module) -> ExpertWeights:
+    """Views of a plain experts module's tensors: gate is the first half of gate_up_proj, up the second."""
+    gate_up: Tensor = module.gate_up_proj.detach()
+    i = gate_up.shape[1] // 2
+    return ExpertWeights(gate_up[:, :i], gate_up[:, i:], module.down_proj.detach())
+
+
+def _check_dtype(name: str, module: nn.Module) -> None:
+    if module.gate_up_proj.device.type == "meta":
+        raise KTError(f"{name}: its weights are on the meta device. Load the model's weights before attaching it.")
+
+
+def _top_k(model: nn.Module, name: str) -> int:
+    """Experts per token, from the router beside the experts, else from the configuration."""
+    parent = model.get_submodule(name.rpartition(".")[0])
+    for module in (*parent.children(), parent):
+        value = getattr(module, "top_k", None)
+        if isinstance(value, int):
+            return value
+    config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+    for key in ("num_experts_per_tok", "moe_k", "moe_topk"):
+        value = getattr(config, key, None)
+        if isinstance(value, int):
+            return value
+    raise KTError(f"{name}: neither its router nor the model's configuration says how many experts a token has.")
+
+
+def _refuse_save(name: str, *args: Any, **kwargs: Any) -> None:
+    raise KTError(
+        f"{name}.save_pretrained: this model's routed experts are not among its parameters, so a checkpoint without "
+        "experts would be written. Save the adapter (PeftModel.save_pretrained); the base checkpoint is unchanged."
+    )
