@@ -46,7 +46,8 @@ class _RunExperts(torch.autograd.Function):
         *lora: Tensor,
     ) -> Tensor:  # fmt: skip
         inputs = _inputs(backend, hidden_states, index, weights, lora, scaling)
-        out, ticket = backend.forward(inputs, save=save)
+        with torch.autocast("cpu", enabled=False):  # a backend computes in its own dtype whatever the caller's autocast
+            out, ticket = backend.forward(inputs, save=save)
         if save:
             ctx.backend, ctx.scaling = backend, scaling
             # The ticket is a tensor and saved like one, so that checkpointing's recompute replaces it with its own.
@@ -60,7 +61,8 @@ class _RunExperts(torch.autograd.Function):
         hidden_states, index, weights, ticket, *lora = ctx.saved_tensors
         inputs = _inputs(ctx.backend, hidden_states, index, weights, tuple(lora), ctx.scaling)
         grad = grad_output.to("cpu", inputs.hidden_states.dtype).contiguous()
-        grads = ctx.backend.backward(int(ticket), inputs, grad)
+        with torch.autocast("cpu", enabled=False):
+            grads = ctx.backend.backward(int(ticket), inputs, grad)
         found = [g.to(t.dtype) for g, t in zip(grads.lora or [], lora, strict=True)]
         grad_x = grads.hidden_states.to(hidden_states.device, hidden_states.dtype)
         grad_w = grads.top_k_weights.to(weights.device, weights.dtype)

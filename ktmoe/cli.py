@@ -1,0 +1,76 @@
+"""The command line: `ktmoe train`."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable
+from typing import Annotated
+
+import typer
+
+import ktmoe
+from ktmoe.types import KTError
+
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,  # a traceback is for bugs, and then a plain one
+    help="LoRA fine-tuning of mixture-of-experts models whose experts run on the CPU.",
+)
+
+
+def run(command: Callable[[], None]) -> None:
+    """Runs a command; what the user can mend becomes one message on stderr and exit code 2.
+
+    Raises:
+        SystemExit: with the code.
+    """
+    try:
+        command()
+    except KTError as error:
+        typer.echo(f"ktmoe: {error}", err=True)
+        raise SystemExit(2) from None
+    except subprocess.CalledProcessError as error:  # torchrun, whose worker has said why
+        typer.echo(f"ktmoe: the training process ended with exit code {error.returncode}; see above.", err=True)
+        raise SystemExit(error.returncode) from None
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"ktmoe {ktmoe.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    options_metavar="",
+    epilog="The keys of LLaMA-Factory itself are listed by: ktmoe train -h",
+)
+def train(ctx: typer.Context) -> None:
+    """Train with stock LLaMA-Factory: its arguments (CONFIG.yaml key=value ..., or --key value ...) plus ktmoe's.
+
+    use_kt: true runs the routed experts on the CPU: kt_backend, kt_num_threads, kt_tp_enabled, kt_num_gpu_experts,
+    kt_weight_path, kt_max_len, kt_share_backward, kt_fallback. Without use_kt, LLaMA-Factory runs as it is.
+    """
+    from ktmoe.llamafactory import main as train_main
+
+    run(lambda: train_main(ctx.args))
+
+
+def main() -> None:
+    """The console script `ktmoe`."""
+    app(prog_name="ktmoe")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,54 @@
+"""Stock LLaMA-Factory with `use_kt: true`: nothing of it is changed on disk, and nothing at all without that key."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from ktmoe.llamafactory import keys
+
+
+__all__ = ["install", "main"]
+
+
+def install() -> None:
+    """Puts ktmoe into LLaMA-Factory, in memory. See `ktmoe.llamafactory.patches`."""
+    from ktmoe.llamafactory import patches
+
+    patches.install()
+
+
+def main(argv: Sequence[str]) -> None:
+    """`llamafactory-cli train` with these arguments.
+
+    Args:
+        argv: what LLaMA-Factory takes after `train`: a YAML or JSON file and `key=value`, or `--key value`.
+
+    Raises:
+        KTError: arguments that the user can mend.
+        SystemExit: from LLaMA-Factory's parser, or with the exit code of torchrun.
+    """
+    args = keys.read(argv)
+    keys.check(args)
+    if keys.uses_kt(args):
+        _engage(args)
+    install()
+    from llamafactory import cli, launcher
+
+    # It runs this file under torchrun; stock workers would know nothing of ktmoe.
+    launcher.__file__ = str(Path(__file__).with_name("worker.py"))
+    sys.argv = ["ktmoe", "train", *argv]
+    cli.main()
+
+
+def _engage(args: keys.Args) -> None:
+    """Checks what would otherwise fail while LLaMA-Factory is imported or launched, and sets how it launches."""
+    from ktmoe.llamafactory import preflight
+
+    preflight.check_environment()
+    preflight.check_values(keys.values(args))
+    os.environ["USE_KT"] = "1"  # the launcher reads this, not the YAML: without it, several GPUs mean torchrun
+    os.environ.setdefault("NPROC_PER_NODE", "1")  # for FORCE_TORCHRUN; its default is the number of GPUs
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])

@@ -1,0 +1,271 @@
+"""What is replaced inside LLaMA-Factory: in memory only, and without effect unless `use_kt: true`."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+from ktmoe import adapters
+from ktmoe.llamafactory import keys, preflight
+from ktmoe.llamafactory.arguments import extend, kt_config
+from ktmoe.llamafactory.audio import torchaudio_stand_in
+from ktmoe.llamafactory.native import native_class, native_config
+from ktmoe.models import attach, moe_layers, summary, unwrapped_layers
+from ktmoe.types import KTError
+
+
+_installed = False
+
+
+def install() -> None:
+    """Puts ktmoe into LLaMA-Factory, which it imports. Later calls do nothing.
+
+    Raises:
+        KTError: LLaMA-Factory is missing, refuses its surroundings, or is a version in which a place has moved.
+    """
+    global _installed
+    if _installed:
+        return
+    _import_llamafactory()
+    from llamafactory.data import loader as data
+    from llamafactory.data import parser as data_parser
+    from llamafactory.data import template
+    from llamafactory.hparams import ModelArguments, parser
+    from llamafactory.model import loader
+
+    extend(ModelArguments)
+    for module, name, wrapper in (
+        (parser, "read_args", _read_args),
+        (parser, "_parse_args", _parse_args),
+        (parser, "_parse_train_args", _parse_train_args),
+        (parser, "_check_extra_dependencies", _check_extra_dependencies),
+        (parser, "get_ray_args", _user_errors),
+        (parser, "get_train_args", _get_train_args),
+        (template, "get_template_and_fix_tokenizer", _user_errors),
+        (data_parser, "get_dataset_list", _user_errors),
+        (data, "_load_single_dataset", _user_errors),
+        (loader, "load_tokenizer", _load_tokenizer),
+        (loader, "load_model", _load_model),
+        (loader, "init_adapter", _init_adapter),
+    ):
+        replace(module, name, wrapper)
+    from llamafactory.model import adapter
+
+    for name in ("get_peft_model", "PeftModel", "find_all_linear_modules"):
+        _held(adapter, name)
+    _installed = True
+
+
+def replace(module: Any, name: str, wrapper: Callable[[Any], Any]) -> None:
+    """Puts `wrapper(original)` wherever a loaded module of LLaMA-Factory holds `module.name`.
+
+    Raises:
+        KTError: the module has no such name.
+    """
+    original = _held(module, name)
+    replacement = functools.wraps(original)(wrapper(original))
+    for loaded in [m for n, m in list(sys.modules.items()) if n.partition(".")[0] == "llamafactory" and m is not None]:
+        for attribute in [a for a, value in vars(loaded).items() if value is original]:
+            setattr(loaded, attribute, replacement)
+
+
+def _held(module: Any, name: str) -> Any:
+    found = vars(module).get(name)
+    if found is None:
+        from llamafactory.extras.env import VERSION
+
+        raise KTError(
+            f"LLaMA-Factory {VERSION}: {module.__name__}.{name} is not there, so use_kt would have no effect. "
+            "Install the tested version: pip install --no-deps llamafactory==0.9.5"
+        )
+    return found
+
+
+def _import_llamafactory() -> None:
+    try:
+        with torchaudio_stand_in():
+            import llamafactory.data
+            import llamafactory.launcher
+            import llamafactory.train.tuner  # noqa: F401
+    except ModuleNotFoundError as error:
+        if error.name != "llamafactory":
+            raise
+        raise KTError("LLaMA-Factory is not installed: pip install --no-deps llamafactory==0.9.5") from error
+    except ImportError as error:
+        if "required for a normal functioning" not in str(error):  # what its version check says
+            raise
+        raise KTError(f"LLaMA-Factory does not accept an installed package: {' '.join(str(error).split())}") from error
+
+
+def _logger() -> Any:
+    from llamafactory.extras import logging
+
+    return logging.get_logger("llamafactory.ktmoe")  # below its root logger, whose format and level hold
+
+
+def _user_errors(original: Any) -> Any:
+    """What LLaMA-Factory refuses here is the user's to mend."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return original(*args, **kwargs)
+        except KTError:
+            raise
+        except (ValueError, AssertionError, ImportError) as error:
+            raise KTError(str(error)) from error
+
+    return call
+
+
+def _read_args(original: Any) -> Any:
+    def read_args(args: Any = None) -> Any:
+        if args is None and len(sys.argv) > 1 and sys.argv[1].endswith(".json"):
+            return keys.read(sys.argv[1:])
+        return original(args)
+
+    return read_args
+
+
+def _parse_args(original: Any) -> Any:
+    def _parse_args(parser: Any, args: Any = None, allow_extra_keys: bool = False) -> Any:
+        from llamafactory.hparams.parser import read_args
+
+        args = read_args(args)
+        keys.check(args)
+        if keys.uses_kt(args):
+            preflight.check_values(keys.values(args))
+        return original(parser, args, allow_extra_keys=allow_extra_keys)
+
+    return _parse_args
+
+
+def _parse_train_args(original: Any) -> Any:
+    def _parse_train_args(args: Any = None) -> Any:
+        parsed = original(args)
+        if parsed[0].use_kt:  # model_args
+            preflight.check_environment()
+            preflight.check_values({name: value for part in parsed for name, value in vars(part).items()})
+        return parsed
+
+    return _parse_train_args
+
+
+def _check_extra_dependencies(original: Any) -> Any:
+    """It demands forks of transformers and accelerate, which ktmoe does without."""
+
+    def _check_extra_dependencies(model_args: Any, *args: Any, **kwargs: Any) -> None:
+        with mock.patch.object(model_args, "use_kt", False):
+            original(model_args, *args, **kwargs)
+
+    return _check_extra_dependencies
+
+
+def _get_train_args(original: Any) -> Any:
+    def get_train_args(args: Any = None) -> Any:
+        parsed = original(args)
+        model_args, _, training_args, finetuning_args, _ = parsed
+        if model_args.use_kt:
+            preflight.check_loading(model_args, finetuning_args)
+            # The Trainer would wrap the model in nn.DataParallel on a machine with several GPUs.
+            training_args._n_gpu = min(training_args._n_gpu, 1)
+            # Loaded to host memory; the Trainer then moves what is not experts. A device map would bring everything to
+            # the GPU first, and one that names the CPU makes the Trainer leave the model there.
+            model_args.device_map = None
+        return parsed
+
+    return _user_errors(get_train_args)
+
+
+def _load_tokenizer(original: Any) -> Any:
+    def load_tokenizer(model_args: Any) -> Any:
+        try:
+            with native_config(_native(model_args)):
+                return original(model_args)
+        except OSError as error:
+            raise KTError(f"{model_args.model_name_or_path}: {error} {error.__cause__ or ''}".rstrip()) from error
+
+    return load_tokenizer
+
+
+def _load_model(original: Any) -> Any:
+    def load_model(tokenizer: Any, model_args: Any, *args: Any, **kwargs: Any) -> Any:
+        native = _native(model_args)
+        trust = model_args.trust_remote_code
+        if native and trust:
+            _logger().info_rank0(
+                f"trust_remote_code: the model is transformers' own ({native}); its remote code is not run."
+            )
+        with native_config(native), mock.patch.object(model_args, "trust_remote_code", trust and not native):
+            return original(tokenizer, model_args, *args, **kwargs)
+
+    return load_model
+
+
+def _native(model_args: Any) -> str:
+    if not model_args.use_kt:
+        return ""
+    from llamafactory.model import loader
+
+    return native_class(model_args, loader._get_init_kwargs(model_args))
+
+
+def _init_adapter(original: Any) -> Any:
+    def init_adapter(config: Any, model: Any, model_args: Any, finetuning_args: Any, is_trainable: bool) -> Any:
+        if not model_args.use_kt:
+            return original(config, model, model_args, finetuning_args, is_trainable)
+        with _adapter_functions(), _warnings_to_log():
+            model = attach(model, kt_config(model_args), r=preflight.largest_rank(model_args, finetuning_args))
+            model = original(config, model, model_args, finetuning_args, is_trainable)
+        left = unwrapped_layers(model)
+        if left or not moe_layers(model):
+            raise KTError(
+                f"use_kt: {len(left)} layers of routed experts stayed with transformers ({', '.join(left[:3])}); "
+                "expected none. This is a bug of ktmoe: please report it with the model's name."
+            )
+        for line in summary(model):
+            _logger().info_rank0(line)
+        return model
+
+    return init_adapter
+
+
+@contextlib.contextmanager
+def _adapter_functions() -> Iterator[None]:
+    """Within it, LLaMA-Factory makes and loads adapters by ktmoe, and `lora_target: all` means the experts too."""
+    from llamafactory.model import adapter
+
+    find = adapter.find_all_linear_modules
+
+    def find_all_linear_modules(model: Any, *args: Any) -> list[str]:
+        return [*find(model, *args), adapters.EXPERTS_TARGET]
+
+    class PeftModel(adapter.PeftModel):  # type: ignore[misc]
+        from_pretrained = staticmethod(adapters.load_adapter)
+
+    with (
+        mock.patch.object(adapter, "get_peft_model", adapters.get_peft_model),
+        mock.patch.object(adapter, "PeftModel", PeftModel),
+        mock.patch.object(adapter, "find_all_linear_modules", find_all_linear_modules),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def _warnings_to_log() -> Iterator[None]:
+    """ktmoe's own warnings go where LLaMA-Factory's go."""
+    with warnings.catch_warnings():
+        shown = warnings.showwarning
+
+        def show(message: Any, *args: Any, **kwargs: Any) -> None:
+            if str(message).startswith("ktmoe: "):
+                _logger().warning_rank0_once(str(message))
+            else:
+                shown(message, *args, **kwargs)
+
+        warnings.showwarning = show
+        yield

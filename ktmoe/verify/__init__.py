@@ -1,0 +1,1 @@
+"""Measurements of the backends against the specification, for people to read."""

@@ -1,0 +1,276 @@
+"""The kernel's traps, by the numbers of docs/kernel.md: each one refused, or worked around exactly."""
+
+import dataclasses
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from helpers import KERNEL_BACKENDS, SMALL, call, gradients, limits, loaded, module, relative, weights
+from ktmoe import KTConfig, KTError, MoEExperts, contract
+from ktmoe.backends import kernel as kernel_module
+from ktmoe.backends import plan
+from ktmoe.backends.kernel import KernelBackend, valid_tp
+from ktmoe.types import MoEShape
+
+
+every_kernel = pytest.mark.parametrize("name", KERNEL_BACKENDS)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "argument"),
+    [
+        ("AMXBF16", {"hidden_size": 48}, "hidden_size"),
+        ("AMXBF16", {"intermediate_size": 80}, "intermediate_size"),
+        ("AMXInt8", {"hidden_size": 96}, "hidden_size"),
+        ("AMXInt8", {"intermediate_size": 160}, "intermediate_size"),
+        ("AMXBF16", {"rank": 129}, "lora_rank"),
+    ],
+)
+def test_k2_shapes_that_crash_are_refused(name, changes, argument):
+    """Without a kernel too: the message is the same on every host."""
+    with pytest.raises(KTError, match=argument):
+        plan(KTConfig(kt_backend=name), dataclasses.replace(SMALL, **changes))
+
+
+def test_auto_takes_torch_for_shapes_that_the_kernel_cannot_take():
+    decided = plan(KTConfig(), dataclasses.replace(SMALL, hidden_size=48))
+    assert decided.backend == "torch"
+    assert "hidden_size" in decided.note
+
+
+def test_k4_another_top_k_is_refused():
+    experts = module("torch")
+    with pytest.raises(KTError, match=r"top_k_index.*\(5, 3\).*\[5, 2\]"):
+        experts(torch.zeros(5, 64), torch.zeros(5, 3, dtype=torch.int64), torch.zeros(5, 3))
+
+
+@every_kernel
+def test_k10_objects_come_and_go(name):
+    """A deleted object's memory may be given to the next: layer ids are unique in the process."""
+    case = loaded(name, SMALL)[1]
+    expected = contract.specification(case)
+    for _ in range(4):
+        backend = KernelBackend(name, case.weights, SMALL, scaling=2.0, max_len=64)
+        rows = contract.measure(case, contract.answer(backend, case), expected)
+        assert contract.violations(rows, limits(name)) == []
+        backend.close()
+    with pytest.raises(KTError, match="closed"):
+        contract.answer(backend, case)
+
+
+@every_kernel
+def test_k12_inactive_experts_have_zero_gradients_every_time(name):
+    experts = module(name)
+    for active in ((0, 1), (2, 3), (0, 1)):
+        x, _, w = call(experts)
+        grads = gradients(experts, experts(x, torch.tensor([active] * 10), w).sum())
+        for g in grads:
+            assert [bool(g[e].any()) for e in range(4)] == [e in active for e in range(4)]
+
+
+@every_kernel
+def test_k14_backward_without_lora(name):
+    experts = module(name)
+    x, index, w = call(experts)
+    out = experts.run(x, index, w, lora=None)
+    got = torch.autograd.grad(out.sum(), [x, w])
+    expected = torch.autograd.grad(module("reference").run(x, index, w, lora=None).sum(), [x, w])
+    assert all(relative(a, b) < limits(name).backward for a, b in zip(got, expected, strict=True))
+
+
+@every_kernel
+@pytest.mark.parametrize("factor", [60.0, 3000.0])
+def test_k15_extreme_gates_are_right(name, factor):
+    """A gate activation of -88.5 or less: the kernel's grad_input is NaN and two LoRA gradients lose the token."""
+    backend, case = loaded(name, SMALL)
+    x = case.hidden_states.clone()
+    x[3] *= factor
+    x[7] *= factor
+    case = dataclasses.replace(case, hidden_states=x)
+    expected = contract.specification(case)
+    rows = contract.measure(case, contract.answer(backend, case), expected)
+    assert contract.violations(rows, limits(name)) == []
+
+
+@every_kernel
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("where", ["hidden_states", "grad_output", "top_k_weights"])
+def test_k16_a_non_finite_token_reaches_every_gradient_it_should(name, bad, where):
+    """One bad token must poison what it touches, as in any torch layer, and nothing else: not five of six gradients."""
+    backend, case = loaded(name, SMALL)
+    changed = getattr(case, where).clone()
+    changed[5, 0] = bad
+    bad_case = dataclasses.replace(case, **{where: changed})
+    touched = set(case.top_k_index[5].tolist()) if where != "top_k_weights" else {case.top_k_index[5, 0].item()}
+    out, got = contract.answer(backend, bad_case)
+    expected_out, expected = contract.specification(bad_case)
+    clean = contract.answer(backend, case)[1]
+    others = torch.arange(len(changed)) != 5
+    assert torch.equal(got.hidden_states[others], clean.hidden_states[others])
+    assert torch.equal(got.top_k_weights[others], clean.top_k_weights[others])
+    assert torch.equal(out[others].isfinite(), expected_out[others].isfinite())
+    for mine, theirs in zip(got.lora, expected.lora, strict=True):
+        for e in range(SMALL.num_experts):
+            assert bool(mine[e].isfinite().all()) == bool(theirs[e].isfinite().all())
+            if e not in touched:
+                assert mine[e].isfinite().all()
+
+
+def test_k17_k18_tensor_parallelism_is_cut_to_what_works():
+    shape = MoEShape(8, 2048, 1408, 6, 8)
+    assert [valid_tp("AMXBF16", shape, n) for n in (1, 2, 3, 4, 8)] == [1, 2, 2, 4, 4]
+    assert valid_tp("AMXInt8", shape, 8) == 2
+    assert valid_tp("AMXBF16", dataclasses.replace(shape, intermediate_size=32 * 5), 8) == 1  # 5 parts are never used
+
+
+@every_kernel
+@pytest.mark.parametrize("tp", [2, 4])
+def test_tensor_parallel_is_right(name, tp):
+    shape = MoEShape(3, 64, 256, 2, 4)
+    case = contract.draw_case(shape, 16, seed=1)
+    backend = KernelBackend(name, case.weights, shape, scaling=2.0, tp=tp, threads=tp, max_len=64)
+    rows = contract.measure(case, contract.answer(backend, case), contract.specification(case))
+    assert contract.violations(rows, limits(name)) == []
+
+
+@every_kernel
+def test_adapters_of_other_ranks_and_scales(name):
+    """The kernel is built for one rank and scale; smaller ranks are padded, other scales carried by B."""
+    backend, case = loaded(name, SMALL)
+    lora = {n: (t[..., :3] if n.endswith("lora_B") else t[:, :3]).contiguous() for n, t in case.lora.tensors.items()}
+    case = dataclasses.replace(case, lora=dataclasses.replace(case.lora, tensors=lora, scaling=0.7))
+    rows = contract.measure(case, contract.answer(backend, case), contract.specification(case))
+    assert contract.violations(rows, limits(name)) == []
+    with pytest.raises(KTError, match="rank 3.*at most r = 2"):
+        MoEExperts(weights(), top_k=2, r=2, config=KTConfig(kt_backend=name)).run(
+            *call(module("torch")), lora=dataclasses.replace(case.lora, tensors=lora)
+        )
+
+
+def run_python(code, timeout=120):
+    """A process of its own, since what it does may crash or hang."""
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=timeout
+    )
+
+
+@every_kernel
+def test_a_forked_child_gets_an_error_and_workers_live(name):
+    done = run_python(f"""
+        import os, torch
+        from helpers import module, call
+        from torch.utils.data import DataLoader
+        experts = module({name!r})
+        x, i, w = call(experts)
+        experts(x, i, w).sum().backward()
+        assert [b.item() for b in DataLoader(range(4), num_workers=2)] == [0, 1, 2, 3]
+        read, write = os.pipe()
+        if os.fork() == 0:
+            try:
+                experts(x, i, w)
+            except Exception as error:
+                os.write(write, f"{{type(error).__name__}}: {{error}}".encode())
+            os._exit(0)
+        os.wait()
+        print(os.read(read, 4096).decode())
+        experts(x, i, w).sum().backward()
+    """)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("KTError: The routed experts were called in a forked process")
+
+
+@every_kernel
+def test_the_extension_keeps_off_stdout(name):
+    done = run_python(f"""
+        from helpers import module, call
+        experts = module({name!r})
+        experts(*call(experts)).sum().backward()
+        print("only this")
+    """)
+    assert (done.returncode, done.stdout) == (0, "only this\n"), done.stderr
+
+
+def test_an_unavailable_kernel_falls_back_and_says_so():
+    """As on a CPU without AMX and AVX512-BF16: the extension's own variant switch."""
+    done = run_python("""
+        import os, warnings
+        os.environ["KT_KERNEL_CPU_VARIANT"] = "avx512_base"
+        from helpers import weights, call
+        from ktmoe import KTConfig, MoEExperts
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            for name in ("AMXBF16", "AMXInt8", "auto"):
+                experts = MoEExperts(weights(), top_k=2, r=4, config=KTConfig(kt_backend=name))
+                experts(*call(experts)).sum().backward()
+                assert experts.plan.backend == "torch"
+        print(len(said), said[0].message)
+    """)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("1 ktmoe: the routed experts run on the torch backend (no SFT kernel on this host")
+
+
+def test_bad_calls_are_refused():
+    experts = module("torch")
+    x, i, w = torch.zeros(5, 64), torch.zeros(5, 2, dtype=torch.int64), torch.zeros(5, 2)
+    for args, message in [
+        ((x.view(1, 5, 64), i, w), "hidden_states: got shape"),
+        ((x[:, :63], i, w), "hidden_states: got shape"),
+        ((x.long(), i, w), "hidden_states: got torch.int64"),
+        ((x, i.float(), w), "top_k_index: got torch.float32"),
+        ((x, i[:4], w), "top_k_index: got shape"),
+        ((x, i, w[:4]), "top_k_weights: got shape"),
+        ((x, i, w.bool()), "top_k_weights: got torch.bool"),
+        ((None, i, w), "hidden_states: got NoneType"),
+    ]:
+        with pytest.raises(KTError, match=message):
+            experts(*args)
+    with pytest.raises(KTError, match="rank 8"):
+        experts.run(x, i, w, _lora(8))
+    with pytest.raises(KTError, match=r"down_proj.lora_B missing"):
+        experts.run(x, i, w, _lora(4, drop="down_proj.lora_B"))
+    with pytest.raises(KTError, match=r"up_proj.lora_A: got torch.float32 \(4, 4, 32\)"):
+        experts.run(x, i, w, _lora(4, change="up_proj.lora_A"))
+
+
+def _lora(rank, drop=None, change=None):
+    from ktmoe.types import Lora
+
+    tensors = {n: torch.zeros(s) for n, s in SMALL.lora_shapes(rank).items()}
+    tensors.pop(drop, None)
+    if change:
+        tensors[change] = tensors[change][..., :32]
+    return Lora(tensors, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (dict(top_k=0), "top_k: got 0"),
+        (dict(top_k=5), "top_k: got 5; expected at most num_experts = 4"),
+        (dict(top_k=2, r=-1), "r: got -1"),
+        (dict(top_k=2, r=2.5), "r: got 2.5"),
+    ],
+)
+def test_bad_modules_are_refused(arguments, message):
+    with pytest.raises(KTError, match=message):
+        MoEExperts(weights(), **arguments)
+
+
+def test_weights_that_do_not_fit_together_are_refused():
+    from ktmoe import ExpertWeights
+
+    w = weights()
+    for changes, message in [
+        (dict(gate_proj=w.gate_proj[:3]), "hold .*3"),
+        (dict(up_proj=w.up_proj[:, :32]), r"up_proj\[0\]"),
+        (dict(down_proj=w.down_proj.float()), r"down_proj\[0\] is torch.float32"),
+        (dict(gate_proj=w.gate_proj.to(torch.float8_e4m3fn)), "float8_e4m3fn"),
+    ]:
+        with pytest.raises(KTError, match=message):
+            ExpertWeights(**({p: getattr(w, p) for p in ("gate_proj", "up_proj", "down_proj")} | changes))
+
+
+def test_the_host_says_which_variant():
+    assert kernel_module.variant()
