@@ -267,7 +267,8 @@ def _add_experts(model: Any, folder: Path, adapter: str, state: dict[str, Tensor
     if not path.exists():
         raise KTError(f"{path}: expert LoRA is saved as safetensors only. Leave safe_serialization at True.")
     with safe_open(path, "pt") as file:
-        tensors |= {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (not a dict)
+        rest = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (not a dict)
+    tensors |= rest
     part = path.with_suffix(".part")
     save_file(tensors, part, metadata={"format": "pt"})
     os.replace(part, path)
@@ -278,10 +279,12 @@ def _add_experts(model: Any, folder: Path, adapter: str, state: dict[str, Tensor
     part = config_path.with_suffix(".part")
     part.write_text(json.dumps(config, indent=2, sort_keys=True))
     os.replace(part, config_path)
-    if not layout.peft_reads:
+    unread = "" if layout.peft_reads else "the routed experts of this family"
+    if layout.peft_reads and any(f".{p}.lora_" in key for key in rest for p in layout.projections.values()):
+        unread = "LoRA on shared experts and dense MLPs beside routed experts"  # it renames both to the latter
+    if unread:
         warnings.warn(
-            f"ktmoe: stock peft {peft.__version__} does not read the routed experts of this family from {folder}; "
-            "ktmoe.load_adapter does.",
+            f"ktmoe: stock peft {peft.__version__} does not read {unread} rightly from {folder}; ktmoe.load_adapter does.",
             stacklevel=3,
         )
 

@@ -172,7 +172,7 @@ def _why_not_plain(module: nn.Module) -> str:
     gate = getattr(type(module), "_apply_gate", None)
     if gate is not None and not gate.__module__.startswith("transformers.integrations"):
         return "it has a gate function of its own"
-    x = torch.linspace(-6, 6, 25)
+    x = torch.linspace(-6, 6, 25, device="cpu")
     act = getattr(module, "act_fn", None)
     if act is None or not torch.allclose(act(x), nn.functional.silu(x)):
         return f"its activation is {type(act).__name__}, not silu"

@@ -93,6 +93,7 @@ class LoraExperts(nn.Module, LoraLayer):
             lora = Lora(self.stacked(active[0]), self.scaling[active[0]])
         elif active:
             lora = self._concatenated(active)
+            self.get_base_layer().load(lora.rank)
         return self.get_base_layer().run(hidden_states, top_k_index, top_k_weights, lora)
 
     def _concatenated(self, adapters: list[str]) -> Lora:

@@ -1,0 +1,46 @@
+"""Configuration: every bad value gets a message that names the key, what it got and what to write."""
+
+import pytest
+from ktmoe.config import OLD_KEYS, KTConfig, check_keys
+from ktmoe.types import KTError
+
+
+@pytest.mark.parametrize(("given", "expected"), [("amxbf16", "AMXBF16"), ("AMXINT8", "AMXInt8"), ("Torch", "torch")])
+def test_backends_in_upper_or_lower_case(given, expected):
+    assert KTConfig(kt_backend=given).kt_backend == expected
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (dict(kt_backend="AMXBF8"), r"kt_backend: got 'AMXBF8'; expected one of AMXBF16.* Did you mean AMXBF16\?"),
+        (dict(kt_backend=None), "kt_backend: got None"),
+        (dict(kt_num_threads="sixty"), "kt_num_threads: got 'sixty'"),
+        (dict(kt_num_threads=0), "kt_num_threads: got 0"),
+        (dict(kt_num_threads=True), "kt_num_threads: got True"),
+        (dict(kt_tp_enabled="yes"), "kt_tp_enabled: got 'yes'"),
+        (dict(kt_num_gpu_experts=4), "kt_num_gpu_experts: got 4; only 0 is built"),
+        (dict(kt_weight_path="w"), "kt_weight_path: got 'w'.*not built yet"),
+        (dict(kt_max_len=-1), "kt_max_len: got -1"),
+        (dict(kt_share_backward="maybe"), "kt_share_backward: got 'maybe'"),
+        (dict(kt_fallback="ignore"), "kt_fallback: got 'ignore'"),
+    ],
+)
+def test_bad_values(values, message):
+    with pytest.raises(KTError, match=message):
+        KTConfig(**values)
+
+
+def test_yaml_reads_on_and_off_as_booleans():
+    assert KTConfig(kt_share_backward=True).kt_share_backward == "on"
+    assert KTConfig(kt_share_backward=False).kt_share_backward == "off"
+
+
+@pytest.mark.parametrize("key", OLD_KEYS)
+def test_old_keys(key):
+    with pytest.raises(KTError, match=f"{key}: (write|delete)"):
+        check_keys(["model_name_or_path", f"--{key}"])
+
+
+def test_every_key_has_a_help_text():
+    assert all(text.endswith(".") and len(text) > 20 for _, _, text in KTConfig.field_help().values())

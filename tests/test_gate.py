@@ -1,0 +1,146 @@
+"""The two checks before the kernel: what passes, what does not, and that nothing wrong gets through."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from helpers import KERNEL_BACKENDS, SMALL, loaded, weights
+from ktmoe import KernelError, KTConfig, MoEExperts, contract, gate
+from ktmoe.backends import plan
+from ktmoe.backends.torch import TorchBackend
+from ktmoe.types import ExpertWeights
+
+
+every_kernel = pytest.mark.parametrize("name", KERNEL_BACKENDS)
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("KTMOE_CACHE_DIR", str(tmp_path))
+    return tmp_path / "gate"
+
+
+@every_kernel
+def test_the_contract_gate_passes_once_and_leaves_a_certificate(name, cache, monkeypatch):
+    config = KTConfig(kt_backend=name, kt_num_threads=2, kt_max_len=64)
+    decided = plan(config, SMALL)
+    assert gate.ensure_verified(decided, SMALL, config) == decided
+    (certificate,) = cache.glob("*.json")
+    assert json.loads(certificate.read_text())["shape"] == dataclasses.asdict(contract.reduced(SMALL))
+    monkeypatch.setattr(gate, "_run_gate", lambda subject: pytest.fail("the certificate was not used"))
+    gate.ensure_verified(decided, SMALL, config)
+
+
+@every_kernel
+@pytest.mark.parametrize("change", ["shape", "extension", "cpu", "torn"])
+def test_a_certificate_for_something_else_is_not_believed(name, cache, monkeypatch, change):
+    config = KTConfig(kt_backend=name, kt_num_threads=2, kt_max_len=64)
+    decided, shape, ran = plan(config, SMALL), SMALL, []
+    monkeypatch.setattr(gate, "_run_gate", lambda subject: ran.append(subject) or [])
+    gate.ensure_verified(decided, shape, config)
+    if change == "shape":
+        shape = dataclasses.replace(shape, intermediate_size=128)
+    elif change == "extension":
+        monkeypatch.setattr(gate, "_extension_hash", lambda: "another wheel")
+    elif change == "cpu":
+        monkeypatch.setattr(gate, "_cpu_model", lambda: "another CPU")
+    else:
+        (certificate,) = cache.glob("*.json")
+        certificate.write_text(certificate.read_text()[:-10])
+    gate.ensure_verified(decided, shape, config)
+    assert len(ran) == 2
+
+
+@every_kernel
+@pytest.mark.parametrize(
+    ("end", "message"),
+    [("import os; os.kill(os.getpid(), 11)", "was killed by signal 11"), ("raise RuntimeError('boom')", "boom")],
+)
+def test_a_kernel_that_crashes_in_the_gate_is_an_error(name, cache, monkeypatch, end, message):
+    real = gate.subprocess.run
+    monkeypatch.setattr(
+        gate.subprocess, "run", lambda command, **kw: real([command[0], "-c", end], **kw)
+    )  # the child process really dies
+    config = KTConfig(kt_backend=name, kt_max_len=64)
+    with pytest.raises(KernelError, match=message):
+        MoEExperts(weights(), top_k=2, r=4, config=config)
+    assert not list(cache.glob("*.json"))
+
+
+@every_kernel
+def test_fallback_to_torch_is_allowed_and_announced(name, cache, monkeypatch):
+    monkeypatch.setattr(gate, "_run_gate", lambda subject: ["output: relative error 0.5, limit 0.05"])
+    config = KTConfig(kt_backend=name, kt_fallback="torch", kt_max_len=96 if name == "AMXInt8" else 160)
+    with pytest.warns(UserWarning, match="failed the contract gate(.|\n)*relative error 0.5"):
+        experts = MoEExperts(weights(), top_k=2, r=4, config=config)
+    assert experts.plan.backend == "torch"
+    assert isinstance(experts.load(4), TorchBackend)
+
+
+class Broken:
+    """A kernel stand-in: right, but for one planted fault."""
+
+    def __init__(self, backend, fault):
+        self.backend, self.fault = backend, fault
+        self.shape, self.compute_dtype = backend.shape, backend.compute_dtype
+
+    def forward(self, inputs, *, save):
+        out, ticket = self.backend.forward(inputs, save=save)
+        return (-out if self.fault == "sign" else out), ticket
+
+    def backward(self, ticket, inputs, grad_output):
+        grads = self.backend.backward(ticket, inputs, grad_output)
+        if self.fault == "2 % scale":
+            grads.lora[3] *= 1.02
+        elif self.fault == "one expert stale":
+            grads.lora[0][1] = grads.lora[0][0]
+        elif self.fault == "an idle expert moves":
+            grads.lora[5][-1, 0, 0] = 1e-6
+        elif self.fault == "a NaN":
+            grads.hidden_states[0, 0] = float("nan")
+        elif self.fault == "a dropped token":
+            grads.hidden_states[1] = 0
+        return grads
+
+
+@every_kernel
+@pytest.mark.parametrize(
+    "fault", [None, "sign", "2 % scale", "one expert stale", "an idle expert moves", "a NaN", "a dropped token"]
+)
+def test_the_contract_rejects_faults(name, fault):
+    backend, case = loaded(name, SMALL)
+    rows = contract.measure(case, contract.answer(Broken(backend, fault), case), contract.specification(case))
+    assert bool(contract.violations(rows, contract.HARD[name])) == (fault is not None)
+
+
+@every_kernel
+def test_the_load_probe_finds_a_swapped_and_a_misread_expert(name):
+    """The kernel was given other weights than the source holds: its own numbers are consistent, and wrong."""
+    backend, case = loaded(name, SMALL)
+    limits = contract.HARD[name]
+    assert gate.probe_problems(backend, case.weights, limits) == []
+    swapped = case.weights.up_proj[torch.tensor([0, 2, 1, 3])]
+    found = gate.probe_problems(backend, dataclasses.replace(case.weights, up_proj=swapped), limits)
+    assert {f.split(":")[0] for f in found} == {f"{n} of expert {e}" for n in ("output", "input gradient") for e in (1, 2)}
+    torn = case.weights.down_proj.clone()
+    torn[3, 40:] = 0
+    found = gate.probe_problems(backend, dataclasses.replace(case.weights, down_proj=torn), limits)
+    assert {f.split(":")[0] for f in found} >= {"output of expert 3"}
+
+
+@every_kernel
+def test_a_failed_probe_stops_the_load(name, cache, monkeypatch):
+    """End to end: the weights change between packing and probing, as a mis-read shard would."""
+    monkeypatch.setattr(gate, "_run_gate", lambda subject: [])
+    good = weights()
+    lying = ExpertWeights(good.gate_proj.clone(), good.up_proj, good.down_proj)
+    real = gate.probe_problems
+
+    def misread(backend, source, limits):
+        source.gate_proj[2].neg_()
+        return real(backend, source, limits)
+
+    monkeypatch.setattr(gate, "probe_problems", misread)
+    with pytest.raises(KernelError, match="failed the load probe(.|\n)*expert 2"):
+        MoEExperts(lying, top_k=2, r=4, config=KTConfig(kt_backend=name, kt_max_len=64))

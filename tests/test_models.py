@@ -1,0 +1,306 @@
+"""Attaching to real transformers models, and adapters that stock peft reads. Tiny random models, real classes."""
+
+import copy
+import json
+
+import ktmoe
+import peft
+import pytest
+import torch
+from helpers import KERNEL_BACKENDS, relative
+from ktmoe import KTConfig, KTError
+from ktmoe.adapters import get_peft_model
+from ktmoe.models import attach, check_model, moe_layers, summary, unwrapped_layers
+from peft import LoraConfig, PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModelForCausalLM,
+    DeepseekV2Config,
+    DeepseekV3Config,
+    GptOssConfig,
+    LlamaConfig,
+    MixtralConfig,
+    Qwen2MoeConfig,
+    Qwen3MoeConfig,
+)
+
+
+BASE = dict(vocab_size=128, hidden_size=64, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=2)
+MLA = dict(
+    q_lora_rank=None, kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=16, v_head_dim=16, n_shared_experts=1,
+    n_group=1, topk_group=1, first_k_dense_replace=1, n_routed_experts=4, moe_intermediate_size=64,
+)  # fmt: skip
+FAMILIES = {
+    "Qwen3-MoE": Qwen3MoeConfig(**BASE, head_dim=32, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=64),
+    "Qwen2-MoE": Qwen2MoeConfig(
+        **BASE, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=64, shared_expert_intermediate_size=64
+    ),
+    "Mixtral": MixtralConfig(**BASE, intermediate_size=64, num_local_experts=4, num_experts_per_tok=2),
+    "DeepSeek-V2": DeepseekV2Config(**BASE, **MLA, intermediate_size=96, num_experts_per_tok=2, topk_method="greedy"),
+    "DeepSeek-V3": DeepseekV3Config(**BASE, **MLA, intermediate_size=96, num_experts_per_tok=2),
+}
+IDS = torch.randint(0, 128, (2, 11), generator=torch.Generator().manual_seed(0))
+REFERENCE = KTConfig(kt_backend="reference")
+
+
+def model(family="Qwen3-MoE", dtype=torch.float32):
+    torch.manual_seed(0)
+    made = AutoModelForCausalLM.from_config(FAMILIES[family], dtype=dtype).eval()
+    for p in made.parameters():
+        p.data.normal_(0, 0.1)
+    return made
+
+
+def lora(*targets, **options):
+    return LoraConfig(**dict(r=4, lora_alpha=8, task_type="CAUSAL_LM", target_modules=list(targets)) | options)
+
+
+def moved(peft_model, seed=0):
+    """The same adapter with weights that matter."""
+    g = torch.Generator().manual_seed(seed)
+    for p in peft_model.parameters():
+        if p.requires_grad:
+            p.data = torch.randn(p.shape, generator=g) * 0.05
+    return peft_model
+
+
+def logits(m):
+    with torch.no_grad():
+        return m.eval()(IDS).logits
+
+
+every_family = pytest.mark.parametrize("family", FAMILIES)
+
+
+@every_family
+def test_attached_model_equals_the_stock_model(family):
+    stock, attached = model(family), attach(model(family), REFERENCE)
+    assert len(moe_layers(attached)) >= 2
+    assert unwrapped_layers(attached) == []
+    assert relative(logits(attached), logits(stock)) < 1e-5
+    for m in (stock, attached):
+        m.train()
+        m(IDS, labels=IDS).loss.backward()
+    trained = {n: p.grad for n, p in stock.named_parameters()}
+    for name, p in attached.named_parameters():
+        if trained[name] is not None and trained[name].abs().sum() > 0:
+            assert relative(p.grad, trained[name]) < 1e-4, name
+    assert torch.equal(stock.eval().generate(IDS, max_new_tokens=4), attached.eval().generate(IDS, max_new_tokens=4))
+
+
+def test_auxiliary_loss_and_router_logits():
+    stock, attached = model(), attach(model(), REFERENCE)
+    a, b = (m(IDS, labels=IDS, output_router_logits=True) for m in (stock, attached))
+    torch.testing.assert_close(b.aux_loss, a.aux_loss)
+    assert len(b.router_logits) == 3
+
+
+@every_family
+def test_an_adapter_round_trips_and_stock_peft_reads_it(family, tmp_path, recwarn):
+    trained = moved(attach(model(family), REFERENCE, lora=lora("q_proj", "o_proj", "experts")))
+    expected = logits(trained)
+    trained.save_pretrained(tmp_path)
+    keys = load_file(tmp_path / "adapter_model.safetensors")
+    names = {"Mixtral": ("w1", "w3", "w2")}.get(family, ("gate_proj", "up_proj", "down_proj"))
+    for name in names:
+        (key,) = [k for k in keys if f".2.{'block_sparse_moe' if family == 'Mixtral' else 'mlp'}.experts.3.{name}.lora_B" in k]
+        assert keys[key].shape == (64, 4)
+    targets = json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"]
+    assert set(targets) == {"q_proj", "o_proj", *names}
+
+    again = ktmoe.load_adapter(attach(model(family), REFERENCE), tmp_path)
+    assert torch.equal(logits(again), expected)
+    assert not any(p.requires_grad for p in again.parameters())
+    again = ktmoe.load_adapter(attach(model(family), REFERENCE), tmp_path, is_trainable=True)
+    assert {n for n, p in again.named_parameters() if p.requires_grad} == {
+        n for n, p in trained.named_parameters() if p.requires_grad
+    }
+
+    stock_reads = not any("does not read the routed experts" in str(w.message) for w in recwarn)
+    if peft.__version__ >= "0.20":
+        assert stock_reads == (family != "Qwen2-MoE")
+    if stock_reads:
+        stock = PeftModel.from_pretrained(model(family), tmp_path)
+        assert relative(logits(stock), expected) < 1e-5
+
+
+def test_stock_peft_adapter_is_read(tmp_path):
+    """The other way: an adapter in PEFT's per-expert format that somebody else wrote."""
+    ours = moved(attach(model(), REFERENCE, lora=lora("experts")))
+    ours.save_pretrained(tmp_path)
+    tensors = {k: torch.randn_like(v) * 0.05 for k, v in load_file(tmp_path / "adapter_model.safetensors").items()}
+    save_file(tensors, tmp_path / "adapter_model.safetensors", metadata={"format": "pt"})
+    mine = ktmoe.load_adapter(attach(model(), REFERENCE), tmp_path)
+    if "0.20" <= peft.__version__:
+        assert relative(logits(mine), logits(PeftModel.from_pretrained(model(), tmp_path))) < 1e-5
+    a = mine.get_submodule("base_model.model.model.layers.1.mlp.experts").stacked("default")["up_proj.lora_A"]
+    assert torch.equal(a[2], tensors["base_model.model.model.layers.1.mlp.experts.2.up_proj.lora_A.weight"])
+
+
+@pytest.mark.parametrize("family", ["Qwen2-MoE", "DeepSeek-V3"])
+def test_all_linear_trains_shared_experts_and_dense_layers_too(family, tmp_path):
+    trained = moved(attach(model(family), REFERENCE, lora=lora(target_modules="all-linear")))
+    names = [n for n, p in trained.named_parameters() if p.requires_grad]
+    assert any("shared_expert" in n for n in names)
+    assert any(".mlp.experts.lora_A.default.gate_proj" in n for n in names)
+    with pytest.warns(UserWarning, match="stock peft .* does not read"):
+        trained.save_pretrained(tmp_path)
+    again = ktmoe.load_adapter(attach(model(family), REFERENCE), tmp_path)
+    assert torch.equal(logits(again), logits(trained))
+
+
+@pytest.mark.parametrize(
+    ("targets", "reached"),
+    [
+        (["experts"], True),
+        (["gate_proj", "up_proj", "down_proj"], True),
+        ("all-linear", True),
+        (r".*\.(q_proj|experts\.\d+\.gate_proj)", True),
+        (["q_proj"], False),
+        (r".*\.q_proj", False),
+    ],
+)
+def test_which_targets_reach_the_experts(targets, reached, recwarn):
+    made = get_peft_model(attach(model(), REFERENCE), lora(target_modules=targets))
+    assert any(".experts.lora_A" in n for n, _ in made.named_parameters()) == reached
+    assert any("leaves the routed experts without LoRA" in str(w.message) for w in recwarn) == (not reached)
+
+
+def test_disable_adapter_second_adapter_and_set_adapter():
+    attached = attach(model(), REFERENCE)
+    base = logits(attached)
+    trained = moved(get_peft_model(attached, lora("experts", "q_proj")))
+    first = logits(trained)
+    with trained.disable_adapter():
+        assert torch.equal(logits(trained), base)
+    assert torch.equal(logits(trained), first)
+    trained.add_adapter("other", lora("experts", r=2, use_rslora=True))
+    trained.set_adapter("other")
+    assert torch.equal(logits(trained), base)  # B starts at zero
+    moved(trained, seed=1)
+    second = logits(trained)
+    assert relative(second, base) > 0.003
+    trained.set_adapter("default")
+    assert torch.equal(logits(trained), first)
+    trained.base_model.set_adapter(["default", "other"])
+    both = logits(trained)
+    assert relative(both, first) > 0.003
+    assert relative(both, second) > 0.003
+    trained.delete_adapter("other")
+    trained.set_adapter("default")
+    assert torch.equal(logits(trained), first)
+
+
+def test_initialisation_is_peft_s():
+    torch.manual_seed(0)
+    made = attach(model(), REFERENCE, lora=lora("experts"))
+    layer = made.get_submodule("base_model.model.model.layers.0.mlp.experts")
+    for name, p in layer.stacked("default").items():
+        assert p.dtype == torch.float32
+        if name.endswith("lora_B"):
+            assert not p.any()
+        else:
+            bound = p.shape[2] ** -0.5
+            assert 0.9 * bound < p.abs().max() <= bound
+            assert abs(p.mean()) < 0.1 * bound
+    assert layer.scaling["default"] == 2.0
+
+
+@pytest.mark.parametrize("name", KERNEL_BACKENDS)
+def test_a_model_on_the_kernel(name, tmp_path):
+    """bf16 model, kernel-backed experts, LoRA on experts and attention: loss and gradients as the reference's."""
+    found = {}
+    for backend in (name, "reference"):
+        config = KTConfig(kt_backend=backend, kt_max_len=64, kt_num_threads=2)
+        m = moved(attach(model(dtype=torch.bfloat16), config, lora=lora("experts", "q_proj"))).train()
+        loss = m(IDS, labels=IDS).loss
+        loss.backward()
+        found[backend] = [loss.detach(), *(p.grad for p in m.parameters() if p.requires_grad)]
+    assert relative(found[name][0], found["reference"][0]) < 0.02
+    # a bf16 model amplifies: the layers above and below round at every operation
+    assert all(relative(a, b) < 0.35 for a, b in zip(*found.values(), strict=True))
+
+
+def test_summary_says_what_runs_where():
+    made = attach(model(), REFERENCE, lora=lora("experts", "q_proj"))
+    text = "\n".join(summary(made))
+    in_experts = sum(p.numel() for n, p in made.named_parameters() if p.requires_grad and ".experts." in n)
+    others = sum(p.numel() for n, p in made.named_parameters() if p.requires_grad) - in_experts
+    assert "reference" in text
+    assert "3 MoE layers x 4 experts" in text
+    assert f"{in_experts:,} in expert LoRA, {others:,} elsewhere" in text
+
+
+def test_a_checkpoint_without_experts_is_not_written(tmp_path):
+    attached = attach(model(), REFERENCE)
+    with pytest.raises(KTError, match="checkpoint without experts"):
+        attached.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+REFUSED = [
+    (LlamaConfig(**BASE, intermediate_size=64), "LlamaForCausalLM has no MoE layer"),
+    (
+        GptOssConfig(**BASE, num_local_experts=4, num_experts_per_tok=2, intermediate_size=64, head_dim=32),
+        "GptOssExperts .* of GptOssForCausalLM does not fit: it has parameters",
+    ),
+    (
+        Qwen3MoeConfig(**BASE, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=64, hidden_act="gelu"),
+        "its activation is .*, not silu",
+    ),
+]
+
+
+@pytest.mark.parametrize(("config", "message"), REFUSED)
+def test_models_that_do_not_fit_are_refused_by_name(config, message):
+    with pytest.raises(KTError, match=message):
+        check_model(config, REFERENCE, 4)
+    with pytest.raises(KTError, match=message):
+        attach(AutoModelForCausalLM.from_config(config), REFERENCE)
+
+
+def test_sizes_are_checked_before_anything_is_loaded():
+    config = copy.deepcopy(FAMILIES["Qwen3-MoE"])
+    config.moe_intermediate_size = 48
+    with pytest.raises(KTError, match=r"intermediate_size: the model has 48.*multiple of 32"):
+        check_model(config, KTConfig(kt_backend="AMXBF16"), 4)
+    with pytest.raises(KTError, match="lora_rank: got 0"):
+        check_model(FAMILIES["Qwen3-MoE"], REFERENCE, 0)
+    with pytest.raises(KTError, match="attached already"):
+        attach(attach(model(), REFERENCE), REFERENCE)
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(FAMILIES["Qwen3-MoE"])
+    with pytest.raises(KTError, match="meta device"):
+        attach(skeleton, REFERENCE)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(use_dora=True), "use_dora"),
+        (dict(init_lora_weights="pissa"), "init_lora_weights"),
+        (dict(rank_pattern={"experts": 8}), "rank_pattern"),
+        (dict(target_modules=["gate_proj"]), "covers gate_proj, up_proj, down_proj together"),
+    ],
+)
+def test_lora_variants_that_the_experts_do_not_have(options, message):
+    with pytest.raises(KTError, match=message):
+        attach(model(), REFERENCE, lora=lora("experts", **options))
+
+
+def test_a_damaged_adapter_is_refused_whole(tmp_path):
+    moved(attach(model(), REFERENCE, lora=lora("experts"))).save_pretrained(tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    good = load_file(path)
+    key = "base_model.model.model.layers.1.mlp.experts.2.up_proj.lora_A.weight"
+    for change, message in [
+        ({key: None}, f"1 missing, e.g. {key}"),
+        ({key: torch.zeros(5, 64)}, r"1 of a wrong shape.*\(5, 64\), expected \(4, 64\)"),
+        ({key.replace("experts.2", "experts.9"): torch.zeros(4, 64)}, "1 not expected"),
+    ]:
+        save_file({k: v for k, v in (good | change).items() if v is not None}, path, metadata={"format": "pt"})
+        target = attach(model(), REFERENCE)
+        with pytest.raises(KTError, match=message):
+            ktmoe.load_adapter(target, tmp_path)
+    with pytest.raises(KTError, match="merge"):
+        attach(model(), REFERENCE, lora=lora("experts")).merge_and_unload()
