@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -51,4 +52,5 @@ def _engage(args: keys.Args) -> None:
     preflight.check_values(keys.values(args))
     os.environ["USE_KT"] = "1"  # the launcher reads this, not the YAML: without it, several GPUs mean torchrun
     os.environ.setdefault("NPROC_PER_NODE", "1")  # for FORCE_TORCHRUN; its default is the number of GPUs
-    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+    if shutil.which("torchrun") is None:  # a virtual environment that is used without being activated
+        os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", os.defpath), str(Path(sys.executable).parent)])

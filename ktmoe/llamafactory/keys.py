@@ -59,7 +59,7 @@ def values(args: Args) -> dict[str, Any]:
     if isinstance(args, Mapping):
         return dict(args)
     found: dict[str, Any] = {}
-    for here, following in zip(args, [*args[1:], "--"], strict=True):
+    for here, following in zip(args, [*args, "--"][1:], strict=True):
         if here.startswith("--") and len(here) > 2:
             name, equals, value = here[2:].partition("=")
             if not equals:

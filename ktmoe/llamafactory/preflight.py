@@ -6,9 +6,8 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from ktmoe.config import KTConfig
 from ktmoe.llamafactory.arguments import kt_config
-from ktmoe.llamafactory.native import native_class, native_config
-from ktmoe.models import check_model
 from ktmoe.types import KTError
 
 
@@ -85,7 +84,7 @@ _SHARDING = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpe
 
 
 def check_values(given: Mapping[str, Any]) -> None:
-    """Refuses LLaMA-Factory settings that cannot be what the user wants together with `use_kt: true`.
+    """Refuses kt values, and LLaMA-Factory settings that cannot be what the user wants with `use_kt: true`.
 
     Called with the keys as written, so that it comes before the errors that parsing them would raise (DeepSpeed not
     installed, for example), and again with the parsed arguments.
@@ -93,6 +92,7 @@ def check_values(given: Mapping[str, Any]) -> None:
     Raises:
         KTError: the first one, with what it got, what was expected and the remedy.
     """
+    KTConfig(**{name: given[name] for name in KTConfig.field_help() if name in given})
     for name, (fits, expected, why) in _RULES.items():
         if name in given and not fits(given[name]):
             raise KTError(f"{name}: got {_shown(given[name])}; use_kt: true expects {expected}: {why}.")
@@ -123,6 +123,8 @@ def check_loading(model_args: Any, finetuning_args: Any) -> None:
     Raises:
         KTError: before a weight is read.
     """
+    from ktmoe.models import check_model
+
     config = kt_config(model_args)
     model_config = load_config(model_args)
     kind = type(model_config).__name__
@@ -147,13 +149,18 @@ def load_config(model_args: Any) -> Any:
     from llamafactory.model import loader
     from transformers.utils import logging
 
+    from ktmoe.llamafactory.native import native_class, native_config
+
     verbosity = logging.get_verbosity()
     logging.set_verbosity_warning()  # LLaMA-Factory has just asked for more, which would print every configuration
     try:
         with native_config(native_class(model_args, loader._get_init_kwargs(model_args))):
             return loader.load_config(model_args)
     except (OSError, ValueError) as error:
-        raise KTError(f"model_name_or_path: got {model_args.model_name_or_path!r}; {error}") from error
+        raise KTError(
+            f"model_name_or_path: got {model_args.model_name_or_path!r}; expected a folder with a config.json, or a "
+            f"model on the hub that transformers knows. {error}"
+        ) from error
     finally:
         logging.set_verbosity(verbosity)
 
