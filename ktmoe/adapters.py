@@ -37,7 +37,9 @@ EXPERTS_TARGET = "experts"
 _EXPERT_KEY = re.compile(r"\.experts\.(\d+|base_layer|lora_)")
 
 
-def get_peft_model(model: nn.Module, peft_config: LoraConfig, adapter_name: str = "default", **kwargs: Any) -> PeftModel:
+def get_peft_model(
+    model: nn.Module, peft_config: LoraConfig, adapter_name: str = "default", **kwargs: Any
+) -> PeftModel:
     """`peft.get_peft_model` for a model whose routed experts ktmoe runs.
 
     Args:
@@ -60,7 +62,11 @@ def get_peft_model(model: nn.Module, peft_config: LoraConfig, adapter_name: str 
 
 
 def load_adapter(
-    model: nn.Module, path: str | os.PathLike, is_trainable: bool = False, adapter_name: str = "default", **hub: Any
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    is_trainable: bool = False,
+    adapter_name: str = "default",
+    **hub: Any,
 ) -> PeftModel:
     """`PeftModel.from_pretrained` for a model whose routed experts ktmoe runs.
 
@@ -96,8 +102,8 @@ def prepare_config(peft_config: LoraConfig, model: nn.Module) -> LoraConfig:
     reached = EXPERTS_TARGET in (config.target_modules or ())
     if experts and not reached:
         warnings.warn(
-            f"ktmoe: target_modules = {_shown(peft_config.target_modules)} leaves the routed experts without LoRA; they "
-            "stay frozen. Add 'experts' (or gate_proj, up_proj and down_proj) to train them.",
+            f"ktmoe: target_modules = {_shown(peft_config.target_modules)} leaves the routed experts without LoRA; "
+            "they stay frozen. Add 'experts' (or gate_proj, up_proj and down_proj) to train them.",
             stacklevel=3,
         )
     if reached:
@@ -105,7 +111,9 @@ def prepare_config(peft_config: LoraConfig, model: nn.Module) -> LoraConfig:
             if getattr(config, name, None):
                 raise KTError(f"{name}: got {getattr(config, name)}; all routed experts share one rank. Leave it out.")
         if getattr(config, "target_parameters", None):
-            raise KTError("target_parameters: the routed experts are no parameters here. Write target_modules: experts.")
+            raise KTError(
+                "target_parameters: the routed experts are no parameters here. Write target_modules: experts."
+            )
         if config.lora_dropout:
             warnings.warn(
                 f"ktmoe: lora_dropout = {config.lora_dropout} is not applied to the routed experts, only to the rest.",
@@ -115,7 +123,7 @@ def prepare_config(peft_config: LoraConfig, model: nn.Module) -> LoraConfig:
     return config
 
 
-def _resolve_targets(config: LoraConfig, model: nn.Module, experts: dict[str, MoEExperts]) -> Any:
+def _resolve_targets(config: LoraConfig, model: Any, experts: dict[str, MoEExperts]) -> Any:
     """Target names with `EXPERTS_TARGET` among them if the routed experts are meant."""
     targets = config.target_modules
     names = _projection_names(model)
@@ -127,7 +135,9 @@ def _resolve_targets(config: LoraConfig, model: nn.Module, experts: dict[str, Mo
             linear = {n for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head}
             return linear | ({EXPERTS_TARGET} if experts else set())
         matched = {n for n, m in model.named_modules() if isinstance(m, nn.Linear) and re.fullmatch(targets, n)}
-        probes = [f"{n}{tail}" for n in experts for tail in ("", *(f".0.{p}" for p in names), *(f".{p}" for p in names))]
+        probes = [
+            f"{n}{tail}" for n in experts for tail in ("", *(f".0.{p}" for p in names), *(f".{p}" for p in names))
+        ]
         return matched | ({EXPERTS_TARGET} if any(re.fullmatch(targets, p) for p in probes) else set())
     targets = set(targets)
     named = {p for p in names if any(t == p or t.endswith(f"experts.{p}") for t in targets)}
@@ -144,7 +154,7 @@ def _resolve_targets(config: LoraConfig, model: nn.Module, experts: dict[str, Mo
 class _KTPeftMixin:
     """Save and load of a PeftModel whose expert LoRA is stacked in memory."""
 
-    def save_pretrained(self, save_directory: str, *args: Any, **kwargs: Any) -> None:
+    def save_pretrained(self: Any, save_directory: str, *args: Any, **kwargs: Any) -> None:
         """`PeftModel.save_pretrained`; expert LoRA goes to the same file in PEFT's per-expert format."""
         state = kwargs.pop("state_dict", None)
         state = self.state_dict() if state is None else state
@@ -156,7 +166,7 @@ class _KTPeftMixin:
                 folder = Path(save_directory) / ("" if adapter == "default" else adapter)
                 _add_experts(self, folder, adapter, state)
 
-    def load_adapter(self, model_id: str, adapter_name: str, is_trainable: bool = False, **kwargs: Any) -> Any:
+    def load_adapter(self: Any, model_id: str, adapter_name: str, is_trainable: bool = False, **kwargs: Any) -> Any:
         """`PeftModel.load_adapter`; reads PEFT's per-expert format into the stacked parameters."""
         hub = {k: v for k, v in kwargs.items() if k in _HUB and v is not None}
         if adapter_name not in self.peft_config:
@@ -179,10 +189,11 @@ class _KTPeftMixin:
             self.eval()
         return result
 
-    def add_adapter(self, adapter_name: str, peft_config: LoraConfig, **kwargs: Any) -> None:
+    def add_adapter(self: Any, adapter_name: str, peft_config: LoraConfig, **kwargs: Any) -> None:
         """`PeftModel.add_adapter`, for the routed experts too."""
         with _native_names():
-            super().add_adapter(adapter_name, prepare_config(peft_config, self.get_base_model()), **kwargs)  # type: ignore[misc]
+            prepared = prepare_config(peft_config, self.get_base_model())
+            super().add_adapter(adapter_name, prepared, **kwargs)  # type: ignore[misc]
 
 
 def _read_config(model: nn.Module, path: str, is_trainable: bool, hub: dict[str, Any]) -> LoraConfig:
@@ -206,13 +217,14 @@ def _read_config(model: nn.Module, path: str, is_trainable: bool, hub: dict[str,
 
 
 @functools.cache
-def _ktmoe_class(cls: type[PeftModel]) -> type[PeftModel]:
+def _ktmoe_class(cls: Any) -> Any:
     return type(cls.__name__, (_KTPeftMixin, cls), {"__doc__": cls.__doc__, "__module__": __name__})
 
 
 def _as_ktmoe(peft_model: PeftModel) -> PeftModel:
     if not isinstance(peft_model, _KTPeftMixin):
-        peft_model.__class__ = _ktmoe_class(type(peft_model))
+        stock: Any = type(peft_model)
+        peft_model.__class__ = _ktmoe_class(stock)
     return peft_model
 
 
@@ -267,7 +279,7 @@ def _add_experts(model: Any, folder: Path, adapter: str, state: dict[str, Tensor
     if not path.exists():
         raise KTError(f"{path}: expert LoRA is saved as safetensors only. Leave safe_serialization at True.")
     with safe_open(path, "pt") as file:
-        rest = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (not a dict)
+        rest = {key: file.get_tensor(key) for key in file.keys()}
     tensors |= rest
     part = path.with_suffix(".part")
     save_file(tensors, part, metadata={"format": "pt"})
@@ -284,7 +296,8 @@ def _add_experts(model: Any, folder: Path, adapter: str, state: dict[str, Tensor
         unread = "LoRA on shared experts and dense MLPs beside routed experts"  # it renames both to the latter
     if unread:
         warnings.warn(
-            f"ktmoe: stock peft {peft.__version__} does not read {unread} rightly from {folder}; ktmoe.load_adapter does.",
+            f"ktmoe: stock peft {peft.__version__} does not read {unread} rightly from {folder}; "
+            "ktmoe.load_adapter does.",
             stacklevel=3,
         )
 
@@ -314,8 +327,8 @@ def _load_experts(
                  ((missing, "missing"), (wrong, "of a wrong shape"), (left, "not expected")) if b]  # fmt: skip
         raise KTError(f"{source}: expert LoRA does not fit this model: {'; '.join(shown)}.")
     with torch.no_grad():
-        for parameter, tensor in plan:
-            parameter.copy_(tensor)
+        for mine, theirs in plan:
+            mine.copy_(theirs)
     return rest
 
 

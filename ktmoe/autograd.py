@@ -41,12 +41,14 @@ def run_experts(
 
 class _RunExperts(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, backend: Backend, save: bool, scaling: float, hidden_states: Tensor, index: Tensor, weights: Tensor,
         *lora: Tensor,
     ) -> Tensor:  # fmt: skip
         inputs = _inputs(backend, hidden_states, index, weights, lora, scaling)
-        with torch.autocast("cpu", enabled=False):  # a backend computes in its own dtype whatever the caller's autocast
+        with torch.autocast(
+            "cpu", enabled=False
+        ):  # a backend computes in its own dtype whatever the caller's autocast
             out, ticket = backend.forward(inputs, save=save)
         if save:
             ctx.backend, ctx.scaling = backend, scaling
@@ -57,7 +59,7 @@ class _RunExperts(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad_output: Tensor) -> Any:
         hidden_states, index, weights, ticket, *lora = ctx.saved_tensors
         inputs = _inputs(ctx.backend, hidden_states, index, weights, tuple(lora), ctx.scaling)
         grad = grad_output.to("cpu", inputs.hidden_states.dtype).contiguous()
@@ -75,5 +77,3 @@ def _inputs(
     by_name = Lora(dict(zip(LORA_NAMES, lora, strict=True)), scaling) if lora else None
     shape: MoEShape = backend.shape
     return make_inputs(hidden_states, index, weights, by_name, shape, backend.compute_dtype)
-
-

@@ -48,14 +48,19 @@ class KTConfig:
         "auto", "What computes the routed experts: AMXBF16, AMXInt8 (kt_kernel), torch, reference, or auto."
     )
     kt_num_threads: int | None = _key(None, "CPU threads of the kernel. Default: the number of physical cores.")
-    kt_tp_enabled: bool = _key(False, "One pool of threads per NUMA node (at most 4), each holding a slice of every expert.")
+    kt_tp_enabled: bool = _key(
+        False, "One pool of threads per NUMA node (at most 4), each holding a slice of every expert."
+    )
     kt_num_gpu_experts: int = _key(0, "Experts kept on the GPU. Not built yet: only 0 is accepted.")
     kt_weight_path: str | None = _key(None, "Packed INT8 weights on disk. Not built yet: leave it out.")
     kt_max_len: int | None = _key(None, "Tokens per kernel call; longer inputs run in chunks. Default: 4096.")
     kt_share_backward: str = _key(
-        "auto", "One repacked backward buffer for all layers (on, less memory) or a copy per layer (off, faster). auto: on."
+        "auto",
+        "One repacked backward buffer for all layers (on, less memory) or a copy per layer (off, faster). auto: on.",
     )
-    kt_fallback: str = _key("error", "When the kernel fails its checks: stop (error), or go on with the torch backend (torch).")
+    kt_fallback: str = _key(
+        "error", "When the kernel fails its checks: stop (error), or go on with the torch backend (torch)."
+    )
 
     def __post_init__(self) -> None:
         """Checks and normalises every field: LLaMA-Factory's parser does not (it lets any YAML value through)."""
@@ -73,13 +78,13 @@ class KTConfig:
             raise KTError(f"kt_tp_enabled: got {self.kt_tp_enabled!r}; expected true or false.")
         if isinstance(self.kt_num_gpu_experts, bool) or self.kt_num_gpu_experts != 0:
             raise KTError(
-                f"kt_num_gpu_experts: got {self.kt_num_gpu_experts!r}; only 0 is built so far (the kernel's own setting "
-                "for it is ignored in training). Write 0, or leave it out."
+                f"kt_num_gpu_experts: got {self.kt_num_gpu_experts!r}; only 0 is built so far (the kernel's own "
+                "setting for it is ignored in training). Write 0, or leave it out."
             )
         if self.kt_weight_path is not None:
             raise KTError(
-                f"kt_weight_path: got {self.kt_weight_path!r}; packed weights on disk are not built yet. Leave it out: "
-                "AMXInt8 quantises the model's own weights while loading."
+                f"kt_weight_path: got {self.kt_weight_path!r}; packed weights on disk are not built yet. Leave it "
+                "out: AMXInt8 quantises the model's own weights while loading."
             )
 
     @classmethod

@@ -97,7 +97,9 @@ def draw_case(shape: MoEShape, tokens: int, seed: int) -> Case:
     def randn(*size: int, scale: float = 1.0) -> Tensor:
         return torch.randn(*size, generator=g).mul_(scale).to(torch.bfloat16)
 
-    weights = ExpertWeights(randn(e, i, h, scale=h**-0.5), randn(e, i, h, scale=h**-0.5), randn(e, h, i, scale=i**-0.5))
+    weights = ExpertWeights(
+        randn(e, i, h, scale=h**-0.5), randn(e, i, h, scale=h**-0.5), randn(e, h, i, scale=i**-0.5)
+    )
     lora = {
         # A as trained ones are, B such that LoRA moves the output by a fair part of the base's
         name: randn(*size, scale=size[2] ** -0.5 if name.endswith("lora_A") else 0.3 * size[2] ** -0.5)

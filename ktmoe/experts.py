@@ -80,7 +80,9 @@ class MoEExperts(nn.Module):
         """The module's own LoRA parameters by the names of `LORA_NAMES`; empty without `r`."""
         if not self.r:
             return {}
-        return {name: getattr(self, name.split(".")[1])[name.split(".")[0]] for name in self.shape(self.r).lora_shapes()}
+        return {
+            name: getattr(self, name.split(".")[1])[name.split(".")[0]] for name in self.shape(self.r).lora_shapes()
+        }
 
     def shape(self, rank: int) -> MoEShape:
         """This layer's sizes, for LoRA of up to `rank`."""

@@ -134,7 +134,8 @@ def _fall_back(plan: Plan, config: KTConfig, check: str, problems: list[str]) ->
         say_once(f"ktmoe: {message}\nkt_fallback: torch, so the routed experts run on the torch backend.")
         return replace(plan, backend="torch")
     raise KernelError(
-        f"{message}\nNothing was trained with it. Use kt_backend: torch, or kt_fallback: torch to let this happen by itself."
+        f"{message}\nNothing was trained with it. Use kt_backend: torch, or kt_fallback: torch to let this "
+        "happen by itself."
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +40,7 @@ def attach(
         The model, or a PeftModel around it if `lora` was given.
 
     Raises:
-        KTError: no MoE layer, experts that are not plain, or sizes that the backend cannot take. The model is as before.
+        KTError: no MoE layer, experts that are not plain, or sizes that the backend cannot take. It stays as it was.
         KernelError: the kernel failed a check.
     """
     config = config or KTConfig()
@@ -58,7 +58,7 @@ def attach(
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, experts)
     if hasattr(model, "save_pretrained"):
-        model.save_pretrained = functools.partial(_refuse_save, type(model).__name__)
+        cast(Any, model).save_pretrained = functools.partial(_refuse_save, type(model).__name__)
     return model if lora is None else get_peft_model(model, lora)
 
 
@@ -81,7 +81,9 @@ def check_model(model_config: Any, config: KTConfig, r: int) -> None:
         with torch.device("meta"), warnings.catch_warnings(action="ignore"):
             skeleton = AutoModelForCausalLM.from_config(model_config, trust_remote_code=False)
     except (ValueError, KeyError, AttributeError, ImportError) as error:
-        raise KTError(f"transformers has no causal language model for {type(model_config).__name__}: {error}") from error
+        raise KTError(
+            f"transformers has no causal language model for {type(model_config).__name__}: {error}"
+        ) from error
     for module, top_k in _find(skeleton).values():
         gate_up = module.gate_up_proj
         plan(config, MoEExperts(_weights(module), top_k=top_k, config=config).shape(r))
@@ -99,7 +101,9 @@ def unwrapped_layers(model: nn.Module) -> list[str]:
     return [
         name
         for name, m in model.named_modules()
-        if _looks_like_experts(name, m) and not isinstance(m, (MoEExperts, LoraExperts)) and not name.startswith(ours or ("\0",))
+        if _looks_like_experts(name, m)
+        and not isinstance(m, (MoEExperts, LoraExperts))
+        and not name.startswith(ours or ("\0",))
     ]
 
 
@@ -121,8 +125,8 @@ def summary(model: nn.Module) -> list[str]:
     others = sum(p.numel() for p in trainable) - of_experts
     return [
         f"ktmoe: routed experts on {first.plan.backend}: {where}",
-        f"ktmoe: {len(layers)} MoE layers x {first.num_experts} experts, {size:.3g} GB of {first.weights.dtype} weights "
-        f"in host memory; everything else on {', '.join(sorted(rest)) or 'cpu'}",
+        f"ktmoe: {len(layers)} MoE layers x {first.num_experts} experts, {size:.3g} GB of {first.weights.dtype} "
+        f"weights in host memory; everything else on {', '.join(sorted(rest)) or 'cpu'}",
         f"ktmoe: trainable parameters: {of_experts:,} in expert LoRA, {others:,} elsewhere",
     ]
 
@@ -154,21 +158,27 @@ def _looks_like_experts(name: str, module: nn.Module) -> bool:
     return len(stacked) >= 2 or is_list
 
 
-def _why_not_plain(module: nn.Module) -> str:
+def _why_not_plain(module: Any) -> str:
     """Why ktmoe cannot compute this experts module, or ""."""
     if isinstance(module, nn.ModuleList):
-        return "its experts are separate modules (transformers 4, or remote code); transformers 5.2 or later stacks them"
+        return (
+            "its experts are separate modules (transformers 4, or remote code); transformers 5.2 or later stacks them"
+        )
     extra = sorted(set(dict(module.named_parameters())) - {"gate_up_proj", "down_proj"})
     gate_up, down = getattr(module, "gate_up_proj", None), getattr(module, "down_proj", None)
     if gate_up is None or down is None or extra:
-        return f"it has parameters {sorted(dict(module.named_parameters()))}; expected gate_up_proj and down_proj alone"
+        return (
+            f"it has parameters {sorted(dict(module.named_parameters()))}; expected gate_up_proj and down_proj alone"
+        )
     if getattr(module, "has_bias", False):
         return "its experts have biases"
     if not getattr(module, "has_gate", True):
         return "its experts have no gate"
     e, two_i, h = gate_up.shape
     if getattr(module, "is_transposed", False) or tuple(down.shape) != (e, h, two_i // 2):
-        return f"gate_up_proj {tuple(gate_up.shape)} and down_proj {tuple(down.shape)} are not [E, 2I, H] and [E, H, I]"
+        return (
+            f"gate_up_proj {tuple(gate_up.shape)} and down_proj {tuple(down.shape)} are not [E, 2I, H] and [E, H, I]"
+        )
     gate = getattr(type(module), "_apply_gate", None)
     if gate is not None and not gate.__module__.startswith("transformers.integrations"):
         return "it has a gate function of its own"
@@ -179,19 +189,19 @@ def _why_not_plain(module: nn.Module) -> str:
     return ""
 
 
-def _weights(module: nn.Module) -> ExpertWeights:
+def _weights(module: Any) -> ExpertWeights:
     """Views of a plain experts module's tensors: gate is the first half of gate_up_proj, up the second."""
     gate_up: Tensor = module.gate_up_proj.detach()
     i = gate_up.shape[1] // 2
     return ExpertWeights(gate_up[:, :i], gate_up[:, i:], module.down_proj.detach())
 
 
-def _check_dtype(name: str, module: nn.Module) -> None:
+def _check_dtype(name: str, module: Any) -> None:
     if module.gate_up_proj.device.type == "meta":
         raise KTError(f"{name}: its weights are on the meta device. Load the model's weights before attaching it.")
 
 
-def _top_k(model: nn.Module, name: str) -> int:
+def _top_k(model: Any, name: str) -> int:
     """Experts per token, from the router beside the experts, else from the configuration."""
     parent = model.get_submodule(name.rpartition(".")[0])
     for module in (*parent.children(), parent):

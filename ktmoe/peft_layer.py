@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import math
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -29,6 +30,17 @@ class LoraExperts(nn.Module, LoraLayer):
     """
 
     adapter_layer_names = ("lora_A", "lora_B")
+    r: dict[str, int]
+    lora_alpha: dict[str, float]
+    scaling: dict[str, float]
+    use_rslora: dict[str, bool]
+    lora_A: Any
+    lora_B: Any
+    active_adapters: list[str]
+    disable_adapters: bool
+    get_base_layer: Callable[[], MoEExperts]
+    set_adapter: Callable[..., None]
+
     other_param_names = ("r", "lora_alpha", "scaling", "use_rslora")
 
     def __init__(self, base_layer: MoEExperts, adapter_name: str, config: Any = None, **kwargs: Any) -> None:
@@ -86,7 +98,7 @@ class LoraExperts(nn.Module, LoraLayer):
         return {n: getattr(self, n.split(".")[1])[adapter_name][n.split(".")[0]] for n in names}
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """The experts with the active adapter, or without one while adapters are disabled. See `MoEExperts.forward`."""
+        """The experts with the active adapter, or without one while adapters are disabled."""
         active = [] if self.disable_adapters else [a for a in self.active_adapters if a in self.lora_A]
         lora = None
         if len(active) == 1:

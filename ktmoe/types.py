@@ -69,7 +69,9 @@ class ExpertWeights:
         """Refuses anything whose shapes or dtypes do not fit together, before a pointer is taken."""
         lengths = {p: len(getattr(self, p)) for p in PROJECTIONS}
         if len(set(lengths.values())) != 1 or lengths["gate_proj"] == 0:
-            raise KTError(f"ExpertWeights: the projections hold {lengths} experts; expected one equal number above zero.")
+            raise KTError(
+                f"ExpertWeights: the projections hold {lengths} experts; expected one equal number above zero."
+            )
         if self.gate_proj[0].dim() != 2:
             raise KTError(f"ExpertWeights: gate_proj[0] has shape {tuple(self.gate_proj[0].shape)}; expected [I, H].")
         i, h = self.gate_proj[0].shape

@@ -4,6 +4,7 @@ import functools
 
 import pytest
 import torch
+
 from ktmoe import contract
 from ktmoe.backends import build, plan
 from ktmoe.config import KTConfig
@@ -12,7 +13,9 @@ from ktmoe.types import ExpertWeights, MoEShape
 
 
 KERNELS = ("AMXBF16", "AMXInt8")
-BACKENDS = [pytest.param(b, marks=[pytest.mark.kernel] if b in KERNELS else []) for b in ("reference", "torch", *KERNELS)]
+BACKENDS = [
+    pytest.param(b, marks=[pytest.mark.kernel] if b in KERNELS else []) for b in ("reference", "torch", *KERNELS)
+]
 KERNEL_BACKENDS = [pytest.param(b, marks=[pytest.mark.kernel]) for b in KERNELS]
 SMALL = MoEShape(num_experts=4, hidden_size=64, intermediate_size=64, top_k=2, rank=4)
 

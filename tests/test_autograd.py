@@ -1,4 +1,4 @@
-"""The order of calls: repeated forwards, checkpointing, evaluation in between, optimizers. Every backend, same answers."""
+"""The order of calls: repeated forwards, checkpointing, evaluation in between, optimizers. For every backend."""
 
 import dataclasses
 import threading
@@ -34,7 +34,9 @@ def test_checkpointing_is_bitwise_equal(name, use_reentrant):
 
     def twice(checkpointed):
         def layer(h):
-            return checkpoint(experts, h, index, w, use_reentrant=use_reentrant) if checkpointed else experts(h, index, w)
+            return (
+                checkpoint(experts, h, index, w, use_reentrant=use_reentrant) if checkpointed else experts(h, index, w)
+            )
 
         layer(layer(x)).square().sum().backward()  # reentrant checkpointing refuses autograd.grad
         tensors = [x, w, *experts.parameters()]
@@ -121,7 +123,11 @@ def test_gradients_accumulate_in_fp32(name):
     for seed in range(16):
         x, index, w = call(experts, tokens=8, seed=seed)
         found = gradients(experts, experts(x, index, w).sum())
-        total = [a.double() + b.double() for a, b in zip(total, found, strict=True)] if total else [f.double() for f in found]
+        total = (
+            [a.double() + b.double() for a, b in zip(total, found, strict=True)]
+            if total
+            else [f.double() for f in found]
+        )
         experts(x, index, w).sum().backward()
     for p, expected in zip(experts.parameters(), total, strict=True):
         assert p.grad.dtype == torch.float32

@@ -1,6 +1,7 @@
 """Configuration: every bad value gets a message that names the key, what it got and what to write."""
 
 import pytest
+
 from ktmoe.config import OLD_KEYS, KTConfig, check_keys
 from ktmoe.types import KTError
 

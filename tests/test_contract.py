@@ -8,6 +8,7 @@ import torch
 from helpers import BACKENDS, SMALL, call, gradients, limits, loaded, module, relative, stack
 from hypothesis import given
 from hypothesis import strategies as st
+
 from ktmoe import contract
 from ktmoe.backends import build, plan
 from ktmoe.config import KTConfig
@@ -63,7 +64,7 @@ def routed(name, index, tokens=None, **changes):
         grad_output=case.grad_output[:n],
         **changes,
     )
-    return case, contract.answer(backend, case), contract.specification(case)
+    return contract.answer(backend, case), contract.specification(case)
 
 
 ROUTINGS = {
@@ -79,7 +80,7 @@ ROUTINGS = {
 @every_backend
 @pytest.mark.parametrize("index", ROUTINGS.values(), ids=ROUTINGS)
 def test_routings(name, index):
-    case, got, expected = routed(name, index)
+    got, expected = routed(name, index)
     # Two or three tokens per expert are too few for a mean error: every element may be off by its bf16 or int8 step.
     slack = {"reference": 1e-5, "torch": 0.02, "AMXBF16": 0.02, "AMXInt8": 0.08}[name]
     pairs = [(got[0], expected[0]), (got[1].hidden_states, expected[1].hidden_states)]
@@ -92,7 +93,9 @@ def test_routings(name, index):
 
 
 @every_backend
-@pytest.mark.parametrize("index", [torch.zeros(0, 2, dtype=torch.int64), torch.full((3, 2), -1)], ids=["no tokens", "no ids"])
+@pytest.mark.parametrize(
+    "index", [torch.zeros(0, 2, dtype=torch.int64), torch.full((3, 2), -1)], ids=["no tokens", "no ids"]
+)
 def test_nothing_to_do(name, index):
     experts = module(name)
     x = torch.randn(len(index), 64, requires_grad=True)
@@ -131,8 +134,8 @@ def test_sequences_of_matrices_equal_stacked_tensors(name):
 @every_backend
 def test_merged_weights_equal_lora_and_zero_b_equals_base(name):
     backend, case = loaded(name, SMALL)
-    none = dataclasses.replace(case, lora=dataclasses.replace(case.lora, tensors={n: torch.zeros_like(t) if "_B" in n else t
-                                                                                for n, t in case.lora.tensors.items()}))  # fmt: skip
+    zero_b = {n: torch.zeros_like(t) if n.endswith("lora_B") else t for n, t in case.lora.tensors.items()}
+    none = dataclasses.replace(case, lora=dataclasses.replace(case.lora, tensors=zero_b))
     spec = ktmoe_reference.experts_forward(
         case.hidden_states.double(), case.top_k_index, case.top_k_weights.double(),
         case.weights.gate_proj, case.weights.up_proj, case.weights.down_proj,

@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 from helpers import KERNEL_BACKENDS, SMALL, loaded, weights
+
 from ktmoe import KernelError, KTConfig, MoEExperts, contract, gate
 from ktmoe.backends import plan
 from ktmoe.backends.torch import TorchBackend
@@ -122,7 +123,9 @@ def test_the_load_probe_finds_a_swapped_and_a_misread_expert(name):
     assert gate.probe_problems(backend, case.weights, limits) == []
     swapped = case.weights.up_proj[torch.tensor([0, 2, 1, 3])]
     found = gate.probe_problems(backend, dataclasses.replace(case.weights, up_proj=swapped), limits)
-    assert {f.split(":")[0] for f in found} == {f"{n} of expert {e}" for n in ("output", "input gradient") for e in (1, 2)}
+    assert {f.split(":")[0] for f in found} == {
+        f"{n} of expert {e}" for n in ("output", "input gradient") for e in (1, 2)
+    }
     torn = case.weights.down_proj.clone()
     torn[3, 40:] = 0
     found = gate.probe_problems(backend, dataclasses.replace(case.weights, down_proj=torn), limits)
@@ -142,5 +145,5 @@ def test_a_failed_probe_stops_the_load(name, cache, monkeypatch):
         return real(backend, source, limits)
 
     monkeypatch.setattr(gate, "probe_problems", misread)
-    with pytest.raises(KernelError, match="failed the load probe(.|\n)*expert 2"):
+    with pytest.raises(KernelError, match=r"failed the load probe(.|\n)*expert 2"):
         MoEExperts(lying, top_k=2, r=4, config=KTConfig(kt_backend=name, kt_max_len=64))

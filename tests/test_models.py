@@ -3,14 +3,10 @@
 import copy
 import json
 
-import ktmoe
 import peft
 import pytest
 import torch
 from helpers import KERNEL_BACKENDS, relative
-from ktmoe import KTConfig, KTError
-from ktmoe.adapters import get_peft_model
-from ktmoe.models import attach, check_model, moe_layers, summary, unwrapped_layers
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -23,6 +19,11 @@ from transformers import (
     Qwen2MoeConfig,
     Qwen3MoeConfig,
 )
+
+import ktmoe
+from ktmoe import KTConfig, KTError
+from ktmoe.adapters import get_peft_model
+from ktmoe.models import attach, check_model, moe_layers, summary, unwrapped_layers
 
 
 BASE = dict(vocab_size=128, hidden_size=64, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=2)
@@ -103,7 +104,11 @@ def test_an_adapter_round_trips_and_stock_peft_reads_it(family, tmp_path, recwar
     keys = load_file(tmp_path / "adapter_model.safetensors")
     names = {"Mixtral": ("w1", "w3", "w2")}.get(family, ("gate_proj", "up_proj", "down_proj"))
     for name in names:
-        (key,) = [k for k in keys if f".2.{'block_sparse_moe' if family == 'Mixtral' else 'mlp'}.experts.3.{name}.lora_B" in k]
+        (key,) = [
+            k
+            for k in keys
+            if f".2.{'block_sparse_moe' if family == 'Mixtral' else 'mlp'}.experts.3.{name}.lora_B" in k
+        ]
         assert keys[key].shape == (64, 4)
     targets = json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"]
     assert set(targets) == {"q_proj", "o_proj", *names}

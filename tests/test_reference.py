@@ -80,7 +80,10 @@ def test_two_experts_two_tokens_by_hand():
 def test_tensor_parallel_parts_sum_to_the_whole(tp):
     case = draw()
     torch.testing.assert_close(
-        reference.tensor_parallel_experts_forward(**case, tp=tp), reference.experts_forward(**case), rtol=1e-12, atol=1e-12
+        reference.tensor_parallel_experts_forward(**case, tp=tp),
+        reference.experts_forward(**case),
+        rtol=1e-12,
+        atol=1e-12,
     )
 
 

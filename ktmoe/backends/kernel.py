@@ -15,7 +15,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from ktmoe_reference import LORA_NAMES
@@ -83,8 +83,8 @@ def check_shape(kind: str, shape: MoEShape) -> None:
         if getattr(shape, name) % granule:
             other = " AMXBF16 needs multiples of 32 only, and" if kind == "AMXInt8" else ""
             raise KTError(
-                f"{name}: the model has {getattr(shape, name)}; kt_backend: {kind} needs a multiple of {granule}.{other} "
-                "kt_backend: torch takes any size."
+                f"{name}: the model has {getattr(shape, name)}; kt_backend: {kind} needs a multiple of {granule}."
+                f"{other} kt_backend: torch takes any size."
             )
     if shape.rank > _MAX_RANK:
         raise KTError(
@@ -96,7 +96,7 @@ def check_shape(kind: str, shape: MoEShape) -> None:
 class _Host:
     """The process's one pool of kernel threads per (threads, TP). Tasks run one at a time."""
 
-    _hosts: dict[tuple[int, int], _Host] = {}
+    _hosts: ClassVar[dict[tuple[int, int], _Host]] = {}
 
     def __init__(self, threads: int, tp: int) -> None:
         self.extension, why = _extension()
@@ -249,8 +249,8 @@ class KernelBackend(Backend):
     def _running(self) -> Iterator[None]:
         if os.getpid() != self._host.pid:
             raise KTError(
-                "The routed experts were called in a forked process; the kernel's threads live in the parent only. Use "
-                "dataloader workers for data alone, or start processes with the 'spawn' method."
+                "The routed experts were called in a forked process; the kernel's threads live in the parent only. "
+                "Use dataloader workers for data alone, or start processes with the 'spawn' method."
             )
         if self._moe is None:
             raise KTError("This backend was closed.")
@@ -309,7 +309,8 @@ class KernelBackend(Backend):
             self._host.run(self._moe.backward_task(*pointers, 0, 0, 0, False, 1.0))
             self._cached = STATELESS  # the backward takes the activations off the cache
             if inputs.lora is not None:
-                total = [g.float() if t is None else t.add_(g) for g, t in zip(grads, total or [None] * 6, strict=True)]
+                parts = [g.float() for g in grads]
+                total = parts if total is None else [t.add_(p) for t, p in zip(total, parts, strict=True)]
         return Gradients(grad_x, grad_w, self._unpad(total, inputs))
 
     def _unpad(self, total: list[Tensor] | None, inputs: Inputs) -> list[Tensor] | None:

@@ -21,9 +21,7 @@ class TorchBackend(Backend):
 
     name = "torch"
 
-    def __init__(
-        self, weights: ExpertWeights, shape: MoEShape, compute_dtype: torch.dtype = torch.bfloat16
-    ) -> None:
+    def __init__(self, weights: ExpertWeights, shape: MoEShape, compute_dtype: torch.dtype = torch.bfloat16) -> None:
         """Holds the weights as they are.
 
         Args:

@@ -244,7 +244,7 @@ def _adapter_functions() -> Iterator[None]:
     def find_all_linear_modules(model: Any, *args: Any) -> list[str]:
         return [*find(model, *args), adapters.EXPERTS_TARGET]
 
-    class PeftModel(adapter.PeftModel):  # type: ignore[misc]
+    class PeftModel(adapter.PeftModel):
         from_pretrained = staticmethod(adapters.load_adapter)
 
     with (

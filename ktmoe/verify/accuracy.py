@@ -10,6 +10,7 @@ import sys
 import time
 from dataclasses import dataclass
 
+from ktmoe_reference import LORA_NAMES
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -26,7 +27,7 @@ SHAPES = {
     "small, r=64": MoEShape(num_experts=8, hidden_size=256, intermediate_size=128, top_k=2, rank=64),
 }
 TOKENS = 192
-_NAMES = ("output", "hidden_states", "top_k_weights", *contract.LORA_NAMES)
+_NAMES = ("output", "hidden_states", "top_k_weights", *LORA_NAMES)
 
 
 @dataclass(frozen=True)
@@ -82,13 +83,18 @@ def main(argv: list[str] | None = None) -> int:
     console = Console(width=None if sys.stdout.isatty() else 160)
     names = ("torch", *KERNEL_BACKENDS) if kernel.available() else ("torch",)
     todo = [(b, s) for s in SHAPES for b in names]
-    runs = [run(b, s, args.seed) for b, s in track(todo, description="Measuring", console=console, disable=not console.is_terminal)]
+    runs = [
+        run(b, s, args.seed)
+        for b, s in track(todo, description="Measuring", console=console, disable=not console.is_terminal)
+    ]
     for shape_name in SHAPES:
         console.print(table([r for r in runs if r.shape_name == shape_name]))
     for r in runs:
         for problem in r.problems:
             console.print(f"[red]{r.backend}, {r.shape_name}: {problem}[/]")
-    console.print(f"seed {args.seed}, {TOKENS} mixed tokens and 2 per expert alone, {sum(r.seconds for r in runs):.0f} s")
+    console.print(
+        f"seed {args.seed}, {TOKENS} mixed tokens and 2 per expert alone, {sum(r.seconds for r in runs):.0f} s"
+    )
     if any(r.problems for r in runs):
         console.print("[red]accuracy FAILED[/]")
         return 1

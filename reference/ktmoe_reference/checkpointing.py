@@ -10,13 +10,13 @@ from ktmoe_reference.experts import experts_forward
 
 class _Recompute(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, fn: Any, *inputs: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, fn: Any, *inputs: Tensor) -> Tensor:
         ctx.fn = fn
         ctx.save_for_backward(*inputs)
         return fn(*inputs)  # runs without recording: no activation survives this line
 
     @staticmethod
-    def backward(ctx: Any, grad_out: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad_out: Tensor) -> Any:
         inputs = [t.detach().requires_grad_(t.is_floating_point()) for t in ctx.saved_tensors]
         with torch.enable_grad():
             out = ctx.fn(*inputs)

@@ -62,11 +62,15 @@ def expert_forward(
     Returns:
         [n, H].
     """
-    pairs = {p: (lora[f"{p}.lora_A"], lora[f"{p}.lora_B"]) for p in ("gate_proj", "up_proj", "down_proj")} if lora else {}
-    none = (None, None)
-    gate = lora_linear(x, gate_proj, *pairs.get("gate_proj", none), scaling)  # [n, I]
-    up = lora_linear(x, up_proj, *pairs.get("up_proj", none), scaling)  # [n, I]
-    return lora_linear(silu(gate) * up, down_proj, *pairs.get("down_proj", none), scaling)
+
+    def linear(name: str, x: Tensor, weight: Tensor) -> Tensor:
+        if lora is None:
+            return lora_linear(x, weight)
+        return lora_linear(x, weight, lora[f"{name}.lora_A"], lora[f"{name}.lora_B"], scaling)
+
+    gate = linear("gate_proj", x, gate_proj)  # [n, I]
+    up = linear("up_proj", x, up_proj)  # [n, I]
+    return linear("down_proj", silu(gate) * up, down_proj)
 
 
 def experts_forward(
