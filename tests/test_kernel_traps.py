@@ -1,6 +1,8 @@
 """The kernel's traps, by the numbers of docs/kernel.md: each one refused, or worked around exactly."""
 
 import dataclasses
+import functools
+import itertools
 import subprocess
 import sys
 import textwrap
@@ -69,6 +71,29 @@ def test_k12_inactive_experts_have_zero_gradients_every_time(name):
         grads = gradients(experts, experts(x, torch.tensor([active] * 10), w).sum())
         for g in grads:
             assert [bool(g[e].any()) for e in range(4)] == [e in active for e in range(4)]
+
+
+@every_kernel
+def test_k28_idle_experts_stay_zero_when_memory_is_used_again(name, monkeypatch):
+    """At an address that it knows, the kernel does not write idle experts' rows: what lay there would be a gradient."""
+    backend, case = loaded(name, SMALL)
+    expected = contract.specification(case)
+    memory, calls, real = {}, itertools.count(), {"empty": torch.empty_like, "zeros": torch.zeros_like}
+
+    def reused(kind, like):
+        """The allocator's worst case: the six buffers get the same memory each time, garbage of the last user in it."""
+        if like.dim() < 3:
+            return real[kind](like)
+        found = memory.setdefault(next(calls) % 6, torch.empty(like.shape, dtype=like.dtype))
+        return found.fill_(7.0 if kind == "empty" else 0.0)
+
+    for kind in real:
+        monkeypatch.setattr(torch, f"{kind}_like", functools.partial(reused, kind))
+    for _ in range(3):
+        _, got = contract.answer(backend, case)
+    for mine, theirs in zip(got.lora, expected.lora, strict=True):
+        assert not theirs[-1].any()
+        assert not mine[-1].any()
 
 
 @every_kernel

@@ -304,7 +304,9 @@ class KernelBackend(Backend):
             # K6, K7: the rows of the cached forward are those of this call, or the forward is run again.
             if ticket == STATELESS or ticket != self._cached:
                 self._forward(chunk, True)
-            grads = [torch.empty_like(t) for t in self._lora]  # K14: never null, even without LoRA
+            # K14: never null, even without LoRA. K28: zeroed here; given an address that it was given before, the kernel
+            # takes the rows of idle experts for zero and leaves them as they are.
+            grads = [torch.zeros_like(t) for t in self._lora]
             pointers = [t.data_ptr() for t in (grad_output[rows], grad_x[rows], *grads, grad_w[rows])]
             self._host.run(self._moe.backward_task(*pointers, 0, 0, 0, False, 1.0))
             self._cached = STATELESS  # the backward takes the activations off the cache

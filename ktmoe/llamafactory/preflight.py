@@ -138,6 +138,44 @@ def check_loading(model_args: Any, finetuning_args: Any) -> None:
             "release, or dequantise it first."
         )
     check_model(model_config, config, largest_rank(model_args, finetuning_args))
+    if not model_args.adapter_name_or_path:
+        _check_targets(model_config, finetuning_args)
+
+
+def _check_targets(model_config: Any, finetuning_args: Any) -> None:
+    """Refuses module names that peft would refuse after the model is loaded, or take for what they are not."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from ktmoe.layout import checkpoint_layout
+    from ktmoe.models import unwrapped_layers
+
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(model_config)
+    names = [name for name, _ in skeleton.named_modules() if name]
+    around = {".".join(e.split(".")[:n]) for e in unwrapped_layers(skeleton) for n in range(1, e.count(".") + 2)}
+    for target in finetuning_args.additional_target or ():  # peft compares with endswith
+        hit = next((name for name in sorted(around) if name.endswith(target)), None)
+        if hit:
+            raise KTError(
+                f"additional_target: got {target!r}, which means {hit} and the routed experts in it; expected "
+                "modules outside of them, which can be trained in full. Experts get LoRA by lora_target."
+            )
+    targets = set(finetuning_args.lora_target)
+    if targets == {"all"}:
+        return
+    projections = set(checkpoint_layout(model_config.model_type).projections.values())
+    named = targets & projections
+    if named and named != projections and "experts" not in targets:
+        raise KTError(
+            f"lora_target: got {','.join(sorted(targets))}; LoRA on the routed experts covers "
+            f"{', '.join(sorted(projections))} together. Name all three, or experts, or none of them."
+        )
+    if not any(name == t or name.endswith(f".{t}") for name in names for t in targets - projections) and not named:
+        raise KTError(
+            f"lora_target: got {','.join(sorted(targets))}; {type(skeleton).__name__} has no such module. "
+            "all is a good start."
+        )
 
 
 def load_config(model_args: Any) -> Any:

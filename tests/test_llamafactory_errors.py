@@ -1,0 +1,370 @@
+"""What `ktmoe train` refuses: every case in one process, with LLaMA-Factory's loading functions made to raise."""
+
+import dataclasses
+import importlib.util
+import json
+import os
+import sys
+
+import pytest
+import yaml
+from peft import LoraConfig, PrefixTuningConfig
+from transformers import LlamaConfig, Qwen3MoeConfig, TrainingArguments
+
+from ktmoe.llamafactory import keys
+from ktmoe.types import KTError
+
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("llamafactory") is None, reason="LLaMA-Factory not installed")
+
+SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+}
+MOE = {"moe_intermediate_size": 64, "num_experts": 4, "num_experts_per_tok": 2}
+
+
+class Loaded(Exception):
+    """Something was loaded: all checks had been passed."""
+
+
+@pytest.fixture(scope="module")
+def llamafactory():
+    from ktmoe.llamafactory import install
+
+    install()
+    install()  # a second time changes nothing
+
+
+@pytest.fixture
+def model(tmp_path):
+    Qwen3MoeConfig(**SIZES, **MOE).save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def train(llamafactory, model, tmp_path, monkeypatch):
+    """Runs `ktmoe train` with a configuration that fits, apart from the keys given."""
+    from llamafactory.train.sft import workflow
+
+    from ktmoe.llamafactory import main
+
+    def loading(*args, **kwargs):
+        raise Loaded
+
+    for name in ("load_tokenizer", "get_dataset", "load_model"):
+        monkeypatch.setattr(workflow, name, loading)
+    monkeypatch.setattr(sys, "argv", sys.argv)  # main changes these
+    for name, value in (("USE_KT", "0"), ("NPROC_PER_NODE", "1"), ("PATH", os.environ["PATH"])):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("LLAMAFACTORY_VERBOSITY", "WARNING")
+
+    def run(*argv, **given):
+        config = {
+            "model_name_or_path": str(model),
+            "stage": "sft",
+            "do_train": True,
+            "finetuning_type": "lora",
+            "lora_rank": 8,
+            "dataset": "toy",
+            "output_dir": str(tmp_path / "out"),
+            "use_cpu": True,
+            "bf16": True,
+            "report_to": "none",
+            "use_kt": True,
+            "kt_backend": "reference",
+            **given,
+        }
+        path = tmp_path / "config.yaml"
+        path.write_text(yaml.safe_dump(config))
+        main([str(path), *argv])
+
+    return run
+
+
+def refused(train, *argv, **given):
+    """The message of what `train` refuses; loading something instead fails the test."""
+    with pytest.raises(KTError) as error:
+        train(*argv, **given)
+    return str(error.value)
+
+
+def test_what_fits_goes_on_to_loading(train):
+    """Else every other test here could pass for nothing."""
+    with pytest.raises(Loaded):
+        train()
+
+
+@pytest.mark.parametrize("allow_extra", ["0", "1"])
+@pytest.mark.parametrize("use_kt", [True, False])
+@pytest.mark.parametrize(
+    ("key", "says"),
+    [("cpu_infer", "kt_num_threads"), ("kt_optimize_rule", "without rules"), ("kt_use_lora_experts", "lora_target")],
+)
+def test_old_keys(train, monkeypatch, key, says, use_kt, allow_extra):
+    monkeypatch.setenv("ALLOW_EXTRA_ARGS", allow_extra)
+    message = refused(train, use_kt=use_kt, **{key: 4})
+    assert key in message
+    assert says in message
+
+
+def test_old_key_that_llamafactory_has_may_be_null(train):
+    with pytest.raises(Loaded):
+        train(kt_expert_checkpoint_path=None)
+
+
+@pytest.mark.parametrize("allow_extra", ["0", "1"])
+def test_misspelt_key_does_not_vanish(train, monkeypatch, allow_extra):
+    monkeypatch.setenv("ALLOW_EXTRA_ARGS", allow_extra)
+    assert "kt_num_thread: no such key. Did you mean kt_num_threads?" in refused(train, kt_num_thread=4)
+    assert "use_ktransformers: no such key" in refused(train, use_ktransformers=True)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "says"),
+    [
+        ("kt_backend", "AMXBF", "Did you mean AMXBF16?"),
+        ("kt_num_threads", "sixty", "expected a whole number"),
+        ("kt_tp_enabled", "yes please", "expected true or false"),
+        ("kt_num_gpu_experts", 2, "only 0"),
+        ("kt_weight_path", "packed", "not built yet"),
+        ("use_kt", "true", "expected true or false"),
+        ("lora_rank", 0, "expects a whole number of at least 1"),
+        ("lora_rank", "8", "expects a whole number of at least 1"),
+        ("lora_alpha", -1, "expects a number above 0"),
+        ("finetuning_type", "full", "expects lora"),
+        ("finetuning_type", "freeze", "expects lora"),
+        ("stage", "dpo", "expects sft"),
+        ("use_dora", True, "plain LoRA only"),
+        ("pissa_init", True, "plain LoRA only"),
+        ("use_galore", True, "full weights"),
+        ("use_apollo", True, "full weights"),
+        ("use_badam", True, "full weights"),
+        ("use_muon", True, "stacked"),
+        ("optim", "lomo", "expects an optimizer"),
+        ("quantization_bit", 4, "AMXInt8"),
+        ("use_unsloth", True, "model class of its own"),
+        ("mixture_of_depths", "convert", "model class of its own"),
+        ("enable_liger_kernel", True, "replaces the experts"),
+        ("use_llama_pro", True, "not built yet"),
+        ("use_asft_loss", True, "second model"),
+        ("train_from_scratch", True, "trained weights"),
+        ("fp16", True, "bf16: true"),
+        ("deepspeed", "no_such_file.json", "not built yet"),
+        ("fsdp", "full_shard", "not built yet"),
+        ("predict_with_generate", True, "not built yet"),
+        ("compute_accuracy", True, "not built yet"),
+        ("adapter_name_or_path", "one,two", "expects one adapter"),
+        ("create_new_adapter", True, "would ignore it"),
+    ],
+)
+def test_values(train, key, value, says):
+    message = refused(train, **{key: value})
+    assert message.startswith(f"{key}: got ")
+    assert says in message
+    assert "\n" not in message
+
+
+def test_rules_name_keys_of_llamafactory(llamafactory):
+    """A key that LLaMA-Factory renames would never be refused again."""
+    from llamafactory.hparams.parser import _TRAIN_ARGS
+
+    from ktmoe.llamafactory.preflight import _RULES
+
+    # `use_mca` is no key: LLaMA-Factory sets it while parsing.
+    assert set(_RULES) - {f.name for cls in _TRAIN_ARGS for f in dataclasses.fields(cls)} <= {"use_mca"}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("USE_RAY", "1"),
+        ("USE_MCA", "1"),
+        ("USE_V1", "true"),
+        ("WORLD_SIZE", "2"),
+        ("ACCELERATE_USE_FSDP", "true"),
+    ],
+)
+def test_environment(train, monkeypatch, name, value):
+    monkeypatch.setenv(name, value)
+    assert refused(train).startswith(f"{name}: got {value}; use_kt: true ")
+
+
+def test_two_processes_of_torchrun(train, monkeypatch):
+    monkeypatch.setenv("NPROC_PER_NODE", "2")
+    with pytest.raises(Loaded):  # it means nothing without torchrun
+        train()
+    monkeypatch.setenv("FORCE_TORCHRUN", "1")
+    assert "one process" in refused(train)
+
+
+def test_a_dense_model(train, tmp_path):
+    LlamaConfig(**SIZES).save_pretrained(tmp_path / "dense")
+    assert "has no MoE layer" in refused(train, model_name_or_path=str(tmp_path / "dense"))
+
+
+def test_a_quantised_model(train, model):
+    config = json.loads((model / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8"}
+    (model / "config.json").write_text(json.dumps(config))
+    assert "quantised (fp8); expected bf16" in refused(train)
+
+
+def test_sizes_that_the_kernel_cannot_take(train, model):
+    Qwen3MoeConfig(**{**SIZES, **MOE, "moe_intermediate_size": 48}).save_pretrained(model)
+    message = refused(train, kt_backend="AMXBF16")
+    assert "48" in message
+    assert "32" in message
+    with pytest.raises(Loaded):
+        train(kt_backend="torch")
+
+
+def test_no_such_model_and_adapter(train, tmp_path):
+    assert refused(train, model_name_or_path=str(tmp_path)).startswith("model_name_or_path: got ")
+    assert refused(train, adapter_name_or_path=str(tmp_path)).startswith("adapter_name_or_path: got ")
+
+
+def test_rank_is_that_of_the_adapter_to_go_on_with(llamafactory, tmp_path):
+    from llamafactory.hparams import FinetuningArguments, ModelArguments
+
+    from ktmoe.llamafactory.preflight import largest_rank
+
+    LoraConfig(r=16).save_pretrained(tmp_path)
+    given = FinetuningArguments(lora_rank=4)
+    assert largest_rank(ModelArguments(model_name_or_path="x"), given) == 4
+    adapter = ModelArguments(model_name_or_path="x", adapter_name_or_path=str(tmp_path))
+    assert largest_rank(adapter, given) == 16
+    PrefixTuningConfig().save_pretrained(tmp_path)
+    with pytest.raises(KTError, match=r"adapter_name_or_path: .* expected LORA"):
+        largest_rank(adapter, given)
+
+
+def test_llamafactorys_own_entry_point_checks_too(llamafactory, monkeypatch):
+    """For callers that install ktmoe and go on with `run_exp`, and for torchrun's workers."""
+    from llamafactory.train.tuner import run_exp
+
+    monkeypatch.setenv("ALLOW_EXTRA_ARGS", "1")
+    with pytest.raises(KTError, match="cpu_infer: write kt_num_threads"):
+        run_exp({"model_name_or_path": "x", "output_dir": "y", "cpu_infer": 4})
+    with pytest.raises(KTError, match="stage: got 'dpo'"):
+        run_exp({"model_name_or_path": "x", "output_dir": "y", "use_kt": True, "stage": "dpo"})
+
+
+def test_targets(train):
+    assert refused(train, lora_target="q_proj,gate_proj").startswith("lora_target: got gate_proj,q_proj; LoRA on the")
+    assert refused(train, lora_target="c_attn").startswith("lora_target: got c_attn; Qwen3MoeForCausalLM has no such")
+    for target in ("experts", "mlp", "layers.0"):
+        assert refused(train, additional_target=target).startswith(f"additional_target: got '{target}', which means ")
+    for fits in ("experts", "q_proj,experts", "gate_proj,up_proj,down_proj", "q_proj,v_proj"):
+        with pytest.raises(Loaded):
+            train(lora_target=fits, additional_target="lm_head,mlp.gate")
+
+
+def test_trust_remote_code_takes_the_native_class(train, model):
+    """The files that auto_map names do not exist."""
+    config = json.loads((model / "config.json").read_text())
+    config["auto_map"] = {"AutoConfig": "gone.Config", "AutoModelForCausalLM": "gone.Model"}
+    (model / "config.json").write_text(json.dumps(config))
+    with pytest.raises(Loaded):
+        train(trust_remote_code=True)
+
+
+def test_errors_of_llamafactory_itself_are_the_users(train):
+    assert "['nonsense']" in refused(train, nonsense=1)
+    assert "specify dataset" in refused(train, dataset=None)
+    assert "Invalid fine-tuning" in refused(train, use_kt=False, finetuning_type="lroa")
+
+
+def test_files_that_are_no_configuration(tmp_path):
+    with pytest.raises(KTError, match=r"gone\.yaml: cannot be read"):
+        keys.read([str(tmp_path / "gone.yaml")])
+    for name, text in (("list.yaml", "- 1\n"), ("broken.yaml", "a: [\n"), ("broken.json", "{")):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(KTError, match=name):
+            keys.read([str(tmp_path / name)])
+
+
+def test_json_is_read_too(tmp_path):
+    (tmp_path / "config.json").write_text('{"use_kt": true, "lora_rank": 8}')
+    assert keys.read([str(tmp_path / "config.json"), "lora_rank=4"]) == {"use_kt": True, "lora_rank": 4}
+
+
+def test_command_line_form():
+    argv = ["--use_kt", "--kt-backend", "torch", "--lora_rank=4", "--no_x", "--use_dora", "n"]
+    expected = {"use_kt": True, "kt_backend": "torch", "lora_rank": 4, "no_x": True, "use_dora": False}
+    assert keys.values(argv) == expected
+    assert keys.values([]) == {}
+    assert keys.uses_kt(argv)
+    with pytest.raises(KTError, match="cpu_infer"):
+        keys.check(["--cpu_infer", "4"])
+    with pytest.raises(KTError, match="kt_threads: no such key"):
+        keys.check(["--kt-threads", "4"])
+
+
+def test_model_arguments_stay_the_same_class(llamafactory):
+    from llamafactory.hparams import ModelArguments
+    from llamafactory.hparams.parser import _TRAIN_ARGS
+
+    from ktmoe.config import KTConfig
+
+    assert _TRAIN_ARGS[0] is ModelArguments
+    args = ModelArguments(model_name_or_path="x", kt_backend="torch", kt_num_threads=2)
+    copy = ModelArguments.copyfrom(args, model_name_or_path="y")
+    assert (copy.kt_backend, copy.kt_num_threads, copy.model_name_or_path) == ("torch", 2, "y")
+    assert copy != args
+    assert "kt_backend='torch'" in repr(args)
+    assert {f.name for f in dataclasses.fields(KTConfig)} <= args.to_dict().keys()
+
+
+def test_a_place_that_moved_is_an_error(llamafactory):
+    from llamafactory.extras.env import VERSION
+    from llamafactory.model import loader
+
+    from ktmoe.llamafactory.patches import replace
+
+    with pytest.raises(KTError, match=rf"LLaMA-Factory {VERSION}: .*no_such_function is not there"):
+        replace(loader, "no_such_function", lambda original: original)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("torchaudio") is not None, reason="torchaudio is installed")
+def test_torchaudio_is_not_claimed_to_be_there(llamafactory):
+    from llamafactory.data import mm_plugin
+
+    assert importlib.util.find_spec("torchaudio") is None
+    with pytest.raises(KTError, match=r"torchaudio\.load: torchaudio is not installed"):
+        mm_plugin.torchaudio.load("speech.wav")
+
+
+def test_several_gpus_stay_one_process(train, llamafactory, monkeypatch):
+    """Neither torchrun nor nn.DataParallel, and no device map."""
+    from llamafactory.train import tuner
+
+    seen = {}
+
+    def run_sft(model_args, data_args, training_args, *args):
+        seen.update(device_map=model_args.device_map, n_gpu=training_args.n_gpu)
+        raise Loaded
+
+    monkeypatch.setattr(tuner, "run_sft", run_sft)
+    monkeypatch.setattr(TrainingArguments, "_setup_devices", _TwoDevices(TrainingArguments._setup_devices.func))
+    with pytest.raises(Loaded):
+        train()
+    assert seen == {"device_map": None, "n_gpu": 1}
+    assert os.environ["USE_KT"] == "1"
+
+
+class _TwoDevices:
+    """`TrainingArguments._setup_devices`, a cached property, as it is on a machine with two GPUs."""
+
+    def __init__(self, stock):
+        self.stock = stock
+
+    def __get__(self, args, owner):
+        args.__dict__["_setup_devices"] = device = self.stock(args)
+        args._n_gpu = 2
+        return device
