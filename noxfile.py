@@ -1,0 +1,114 @@
+"""Sessions: `python -m nox -s demo`, `-s tests`; without `-s`: lint, types, tests.
+
+Every session that runs the experts installs the tested set first (see `install_tested_set`); the others install only
+what they need. pip rather than uv, so that a user's own pip configuration (mirrors, local wheels) holds.
+"""
+
+from __future__ import annotations
+
+import sys
+import zipfile
+from pathlib import Path
+
+import nox
+from nox.command import CommandFailed
+
+
+nox.needs_version = ">=2024.4.15"
+nox.options.default_venv_backend = "virtualenv"
+nox.options.reuse_existing_virtualenvs = True
+nox.options.sessions = ["lint", "types", "tests"]
+
+# On a busy host, idle OpenMP threads cost more than they bring for small tensors; the kernel has a pool of its own.
+ENV = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
+
+
+def install_tested_set(session: nox.Session, *extra: str) -> None:
+    """Installs the versions that ktmoe was tested with, then ktmoe itself, editable.
+
+    Args:
+        extra: more requirements files, by name.
+    """
+    names = ["train", *extra]
+    session.log("installing the tested set: 1.6 GB with a CPU build of torch, several more with a CUDA build")
+    session.install(*(arg for name in names for arg in ("-r", f"requirements/{name}.txt")))
+    session.install("--no-deps", "-r", "requirements/llamafactory.txt")
+    try:
+        session.install("--no-deps", "-r", "requirements/kernel.txt")
+    except CommandFailed:
+        session.warn("kt-kernel could not be installed here: going on with the torch and reference backends only.")
+    session.install("--no-deps", "-e", ".")
+    session.run("python", "-m", "ktmoe.backends", env=ENV)
+
+
+@nox.session
+def demo(session: nox.Session) -> None:
+    """Fine-tunes a small MoE model through stock LLaMA-Factory and proves the saved adapter."""
+    if sys.version_info < (3, 11):
+        session.error("the demo goes through LLaMA-Factory 0.9.5, which needs Python 3.11 or later")
+    install_tested_set(session)
+    session.run("python", "examples/demo/run.py", *session.posargs, env=ENV)
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """Runs the tests; arguments after `--` go to pytest."""
+    install_tested_set(session, "tests")
+    session.run("python", "-m", "pytest", *session.posargs, env=ENV)
+
+
+@nox.session
+def accuracy(session: nox.Session) -> None:
+    """Holds every backend of this host to the accuracy limits; arguments after `--` go to the command."""
+    install_tested_set(session)
+    session.run("python", "-m", "ktmoe.verify.accuracy", *session.posargs, env=ENV)
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Checks style, formatting and the direction of imports; `-- --fix` mends what it can."""
+    session.install("-r", "requirements/lint.txt")
+    if "--fix" in session.posargs:
+        session.run("ruff", "check", "--fix", ".")
+        session.run("ruff", "format", ".")
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+    # The contracts are read from the sources: nothing of ktmoe needs to be installed.
+    session.run("lint-imports", "--no-cache", env={"PYTHONPATH": "reference"})
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """Checks the types of the package and the reference."""
+    session.install("-r", "requirements/types.txt")
+    session.run("mypy", *session.posargs)
+
+
+@nox.session
+def build(session: nox.Session) -> None:
+    """Builds sdist and wheel, and looks at what the wheel holds and installs."""
+    session.install("-c", "requirements/constraints.txt", "build", "hatchling")
+    out = Path(session.create_tmp()) / "dist"
+    for old in out.glob("*"):
+        old.unlink()
+    session.run("python", "-m", "build", "--no-isolation", "--outdir", str(out))
+    (wheel,) = out.glob("*.whl")
+    (sdist,) = out.glob("*.tar.gz")
+    names = zipfile.ZipFile(wheel).namelist()
+    tops = {name.split("/")[0] for name in names if ".dist-info/" not in name}
+    if tops != {"ktmoe", "ktmoe_reference"}:
+        session.error(f"the wheel must hold ktmoe and ktmoe_reference, and nothing else; it holds {sorted(tops)}")
+    for needed in ("ktmoe/__init__.py", "ktmoe/backends/kernel.py", "ktmoe_reference/experts.py"):
+        if needed not in names:
+            session.error(f"the wheel lacks {needed}")
+    # Without dependencies the packages cannot be imported (torch), but pip and the metadata must agree with them.
+    session.install("--no-deps", "--force-reinstall", str(wheel))
+    with session.chdir(out):
+        session.run(
+            "python",
+            "-c",
+            "import importlib.metadata as m, importlib.util as u; d = m.distribution('ktmoe'); "
+            "assert all(u.find_spec(p) for p in ('ktmoe', 'ktmoe_reference')); "
+            "assert [e.name for e in d.entry_points] == ['ktmoe']; print('installs as', d.name, d.version)",
+        )
+    session.log(f"{wheel.name}: {len(names)} files; {sdist.name}: {sdist.stat().st_size // 1024} KiB")

@@ -1,0 +1,81 @@
+"""What every test relies on: no network, no thread storms, poisoned memory, and a plain word about the kernel."""
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+
+# Before torch and the Hugging Face libraries are imported, which read these once; child processes inherit them.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TRANSFORMERS_OFFLINE="1")
+os.environ.update(HF_HUB_DISABLE_TELEMETRY="1", WANDB_MODE="disabled", MPLBACKEND="Agg")
+# Tests that start a Python of their own use the same helpers there.
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(Path(__file__).parent), os.environ.get("PYTHONPATH"))))
+# Gate certificates, datasets and fonts are cached under this: tests neither read nor write the user's own.
+_CACHE = tempfile.mkdtemp(prefix="ktmoe-tests-")
+os.environ["XDG_CACHE_HOME"] = _CACHE
+for _name in ("HF_HOME", "HF_DATASETS_CACHE", "HF_HUB_CACHE", "MPLCONFIGDIR"):
+    os.environ.pop(_name, None)
+
+import hypothesis
+import pytest
+import torch
+
+from ktmoe.backends import kernel as kernel_backend
+
+
+# torch.empty and its relatives, also those called from C++, return NaN (integers: the largest value), so that memory
+# which nobody wrote shows. It costs one write of the memory; warn_only, since nothing here is about determinism.
+torch.use_deterministic_algorithms(True, warn_only=True)
+torch.utils.deterministic.fill_uninitialized_memory = True
+
+hypothesis.settings.register_profile("default", max_examples=25, derandomize=True, deadline=None)
+hypothesis.settings.register_profile(
+    "nightly", max_examples=10_000, derandomize=False, deadline=None, print_blob=True, database=None
+)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+_KERNEL = ("ktmoe", "kernel")  # the user property that marks reports of kernel tests
+
+
+def pytest_unconfigure():
+    shutil.rmtree(_CACHE, ignore_errors=True)
+
+
+def _needs_kernel(item):
+    return item.get_closest_marker("kernel") is not None or "kernel" in getattr(item, "fixturenames", ())
+
+
+def pytest_runtest_setup(item):
+    if _needs_kernel(item):
+        item.user_properties.append(_KERNEL)
+        if not kernel_backend.available():
+            pytest.skip(f"kernel NOT verified on this host: {kernel_backend.variant()}")
+
+
+@pytest.fixture(scope="session")
+def kernel():
+    """The module `ktmoe.backends.kernel`, on hosts where it can compute; elsewhere the test is skipped."""
+    return kernel_backend
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Says which kernel the run held to account: a skipped kernel must not look like a verified one."""
+
+    def count(outcome):
+        reports = terminalreporter.stats.get(outcome, [])
+        return sum(_KERNEL in [tuple(p) for p in getattr(report, "user_properties", ())] for report in reports)
+
+    passed, failed = count("passed"), count("failed") + count("error")
+    terminalreporter.section("kernel")
+    if not kernel_backend.available():
+        line = f"kernel NOT verified on this host: {kernel_backend.variant()}"
+    elif failed:
+        line = f"kernel NOT verified on this host: {failed} tests of {kernel_backend.variant()} failed"
+    elif not passed:
+        line = f"kernel NOT verified on this host: {kernel_backend.variant()} is there, but no test of it ran"
+    else:
+        line = f"kernel variant verified: {kernel_backend.variant()} ({passed} tests)"
+    terminalreporter.write_line(line, green=line.startswith("kernel variant"), yellow="NOT" in line)
