@@ -75,13 +75,13 @@ def test_k12_inactive_experts_have_zero_gradients_every_time(name):
 
 @every_kernel
 def test_k28_idle_experts_stay_zero_when_memory_is_used_again(name, monkeypatch):
-    """At an address that it knows, the kernel does not write idle experts' rows: what lay there would be a gradient."""
+    """At an address that it knows, the kernel does not write idle experts' rows: what lay there was a gradient."""
     backend, case = loaded(name, SMALL)
     _, expected = contract.specification(case)
     memory, calls, real = {}, itertools.count(), {"empty": torch.empty_like, "zeros": torch.zeros_like}
 
     def reused(kind, like):
-        """The allocator's worst case: the six buffers get the same memory each time, garbage of the last user in it."""
+        """The allocator's worst case: the same memory for the six buffers each time, with garbage in it."""
         if like.dim() < 3:
             return real[kind](like)
         found = memory.setdefault(next(calls) % 6, torch.empty(like.shape, dtype=like.dtype))

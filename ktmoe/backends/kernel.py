@@ -304,7 +304,7 @@ class KernelBackend(Backend):
             # K6, K7: the rows of the cached forward are those of this call, or the forward is run again.
             if ticket == STATELESS or ticket != self._cached:
                 self._forward(chunk, True)
-            # K14: never null, even without LoRA. K28: zeroed here; given an address that it was given before, the kernel
+            # K14: never null, even without LoRA. K28: zeroed here; at an address that it was given before, the kernel
             # takes the rows of idle experts for zero and leaves them as they are.
             grads = [torch.zeros_like(t) for t in self._lora]
             pointers = [t.data_ptr() for t in (grad_output[rows], grad_x[rows], *grads, grad_w[rows])]
