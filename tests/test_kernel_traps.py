@@ -162,6 +162,21 @@ def test_tensor_parallel_is_right(name, tp):
 
 
 @every_kernel
+@pytest.mark.parametrize("share_backward", [True, False])
+def test_both_kinds_of_backward_buffer(name, share_backward):
+    """Two layers, each with other sizes, one after the other and interleaved."""
+    shapes = [SMALL, dataclasses.replace(SMALL, hidden_size=128, intermediate_size=192)]
+    cases = [contract.draw_case(s, 16, seed=2) for s in shapes]
+    backends = [
+        KernelBackend(name, c.weights, c.shape, scaling=2.0, max_len=64, share_backward=share_backward) for c in cases
+    ]
+    for _ in range(2):
+        for backend, case in zip(backends, cases, strict=True):
+            rows = contract.measure(case, contract.answer(backend, case), contract.specification(case))
+            assert contract.violations(rows, limits(name)) == []
+
+
+@every_kernel
 def test_adapters_of_other_ranks_and_scales(name):
     """The kernel is built for one rank and scale; smaller ranks are padded, other scales carried by B."""
     backend, case = loaded(name, SMALL)
