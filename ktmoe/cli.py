@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 import ktmoe
-from ktmoe.types import KTError
+from ktmoe.types import KernelError, KTError
 
 
 app = typer.Typer(
@@ -28,7 +28,7 @@ def run(command: Callable[[], None]) -> None:
     """
     try:
         command()
-    except KTError as error:
+    except (KTError, KernelError) as error:  # a kernel that fails its checks: the message says what to use instead
         typer.echo(f"ktmoe: {error}", err=True)
         raise SystemExit(2) from None
     except subprocess.CalledProcessError as error:  # torchrun, whose worker has said why

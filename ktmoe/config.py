@@ -47,7 +47,9 @@ class KTConfig:
     kt_backend: str = _key(
         "auto", "What computes the routed experts: AMXBF16, AMXInt8 (kt_kernel), torch, reference, or auto."
     )
-    kt_num_threads: int | None = _key(None, "CPU threads of the kernel. Default: the number of physical cores.")
+    kt_num_threads: int | None = _key(
+        None, "CPU threads of the kernel. Default: the physical cores that the process may use."
+    )
     kt_tp_enabled: bool = _key(
         False, "One pool of threads per NUMA node (at most 4), each holding a slice of every expert."
     )

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from helpers import KERNEL_BACKENDS, SMALL, loaded, weights
 from ktmoe import KernelError, KTConfig, MoEExperts, contract, gate
 from ktmoe.backends import plan
 from ktmoe.backends.torch import TorchBackend
+from ktmoe.cli import run
 from ktmoe.types import ExpertWeights
 
 
@@ -147,3 +150,22 @@ def test_a_failed_probe_stops_the_load(name, cache, monkeypatch):
     monkeypatch.setattr(gate, "probe_problems", misread)
     with pytest.raises(KernelError, match=r"failed the load probe(.|\n)*expert 2"):
         MoEExperts(lying, top_k=2, r=4, config=KTConfig(kt_backend=name, kt_max_len=64))
+
+
+def test_threads_stay_within_what_the_process_may_use():
+    """A pool that is larger than a container's share waits by spinning on cores that it does not have."""
+    code = "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n"
+    code += "from helpers import SMALL; from ktmoe import KTConfig; from ktmoe.backends import plan\n"
+    code += "print(plan(KTConfig(), SMALL).threads, plan(KTConfig(kt_num_threads=3), SMALL).threads)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout == "1 3\n", done.stderr
+
+
+def test_a_failed_kernel_is_one_message_on_the_command_line(capsys):
+    def command():
+        raise KernelError("kt_backend: AMXBF16 failed the contract gate")
+
+    with pytest.raises(SystemExit) as end:
+        run(command)
+    assert end.value.code == 2
+    assert capsys.readouterr().err == "ktmoe: kt_backend: AMXBF16 failed the contract gate\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from dataclasses import dataclass
 
@@ -67,11 +68,17 @@ def plan(config: KTConfig, shape: MoEShape) -> Plan:
         kernel.check_shape(wanted, shape)
         if not kernel.available():
             wanted, note = "torch", f"no SFT kernel on this host: {kernel.variant()}"
-    threads = config.kt_num_threads or psutil.cpu_count(logical=False) or 1
+    threads = config.kt_num_threads or _usable_cores()
     tp = 1
     if config.kt_tp_enabled and wanted in KERNEL_BACKENDS:
         tp = kernel.valid_tp(wanted, shape, len(kernel.numa_nodes()))
     return Plan(wanted, threads, tp, config.kt_max_len or 4096, config.kt_share_backward != "off", note)
+
+
+def _usable_cores() -> int:
+    """Physical cores, but no more than this process may use: the kernel's threads wait by spinning."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(psutil.cpu_count(logical=False) or allowed, allowed)
 
 
 def build(plan: Plan, weights: ExpertWeights, shape: MoEShape, scaling: float) -> Backend:
