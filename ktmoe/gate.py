@@ -33,7 +33,7 @@ from ktmoe.validation import make_inputs
 
 
 _TIMEOUT = 600  # seconds; a gate takes one to ten
-_TOKENS = 16
+TOKENS = 16
 
 
 def ensure_verified(plan: Plan, shape: MoEShape, config: KTConfig) -> Plan:
@@ -102,14 +102,11 @@ def probe_problems(backend: Backend, weights: ExpertWeights, limits: contract.Li
 def run_contract(subject: dict[str, Any]) -> list[str]:
     """Runs the contract in this process and returns what breaks it. The child process of the gate calls this."""
     shape, plan = MoEShape(**subject["shape"]), Plan(**subject["plan"])
-    case = contract.draw_case(shape, _TOKENS, seed=0)
+    case = contract.draw_case(shape, TOKENS, seed=0)
     backend = build(plan, case.weights, shape, case.lora.scaling)
     expected = contract.specification(case)
     rows = contract.measure(case, contract.answer(backend, case), expected)
-    same_precision = None
-    if plan.backend == "AMXBF16":
-        same_precision = contract.measure(case, contract.answer(TorchBackend(case.weights, shape), case), expected)
-    return contract.violations(rows, contract.HARD[plan.backend], same_precision)
+    return contract.violations(rows, contract.HARD[plan.backend], contract.baseline(plan.backend, case, expected))
 
 
 def _run_gate(subject: dict[str, Any]) -> list[str]:

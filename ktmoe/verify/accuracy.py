@@ -63,7 +63,7 @@ def table(runs: list[Run]) -> Table:
     for name in _NAMES:
         cells = []
         for r in runs:
-            whole = next(m.error for m in r.rows if m.name == name and m.expert is None)
+            whole = next(m.error for m in r.rows if m.name == name and m.expert is None and m.token is None)
             experts = [m.error for m in r.rows if m.name == name and m.expert is not None]
             cells.append(f"{100 * whole:.2f} / {100 * max(experts):.2f}" if experts else f"{100 * whole:.2f}")
         out.add_row(("" if name == "output" else "grad ") + name, *cells)

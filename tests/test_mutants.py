@@ -1,0 +1,68 @@
+"""The contract gate against planted faults and against false alarms: the very decision of a user's gate."""
+
+import functools
+
+import pytest
+import torch
+from helpers import KERNEL_BACKENDS
+from mutants import GRADIENTS, INPUTS, OUTPUT, WEIGHTS, Mutant, mutants
+
+from ktmoe import contract
+from ktmoe.backends.kernel import KernelBackend
+from ktmoe.backends.torch import TorchBackend
+from ktmoe.gate import TOKENS
+from ktmoe.types import MoEShape
+
+
+SHAPE = contract.reduced(MoEShape(num_experts=32, hidden_size=128, intermediate_size=128, top_k=2, rank=8))
+NAMES = [*INPUTS, *WEIGHTS, *OUTPUT, *GRADIENTS]
+
+
+def make(name, weights):
+    if name == "torch":  # stands in for a BF16 kernel on hosts without one
+        return TorchBackend(weights, SHAPE)
+    return KernelBackend(name, weights, SHAPE, scaling=2.0, max_len=64)
+
+
+@functools.cache
+def fixtures(name):
+    case = contract.draw_case(SHAPE, TOKENS, seed=0)
+    return case, contract.specification(case), mutants(case, functools.partial(make, name))
+
+
+def rejected(name, backend, case, expected):
+    """The gate's own decision (`ktmoe.gate.run_contract`)."""
+    rows = contract.measure(case, contract.answer(backend, case), expected)
+    kind = "AMXBF16" if name == "torch" else name
+    return contract.violations(rows, contract.HARD[kind], contract.baseline(kind, case, expected))
+
+
+every_kind = pytest.mark.parametrize("name", ["torch", *KERNEL_BACKENDS])
+
+
+def test_there_are_at_least_forty():
+    assert len(set(NAMES)) == len(NAMES) >= 40
+
+
+@every_kind
+@pytest.mark.parametrize("fault", NAMES)
+def test_every_mutant_is_rejected(name, fault):
+    case, expected, found = fixtures(name)
+    assert rejected(name, found[fault], case, expected), f"{name}: the gate lets {fault!r} through"
+
+
+@every_kind
+@pytest.mark.parametrize("seeds", [range(20), pytest.param(range(1000), marks=pytest.mark.slow)], ids=["20", "1000"])
+def test_no_false_alarm(name, seeds):
+    alarms = {}
+    for seed in seeds:
+        case = contract.draw_case(SHAPE, TOKENS, seed)
+        problems = rejected(name, Mutant(make(name, case.weights)), case, contract.specification(case))
+        if problems:
+            alarms[seed] = problems
+    assert alarms == {}
+
+
+def test_a_sound_backend_is_not_a_mutant():
+    case, expected, _ = fixtures("torch")
+    assert not rejected("torch", TorchBackend(case.weights, SHAPE, torch.float32), case, expected)
