@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
-    from ktmoe.adapters import load_adapter
+    from ktmoe.adapters import get_peft_model, load_adapter
     from ktmoe.config import KTConfig
     from ktmoe.experts import MoEExperts
     from ktmoe.models import attach
@@ -25,10 +25,20 @@ _HOME = {
     "KernelError": "types",
     "MoEExperts": "experts",
     "attach": "models",
+    "get_peft_model": "adapters",
     "load_adapter": "adapters",
 }
 
-__all__ = ["ExpertWeights", "KTConfig", "KTError", "KernelError", "MoEExperts", "attach", "load_adapter"]
+__all__ = [
+    "ExpertWeights",
+    "KTConfig",
+    "KTError",
+    "KernelError",
+    "MoEExperts",
+    "attach",
+    "get_peft_model",
+    "load_adapter",
+]
 
 
 def __getattr__(name: str) -> Any:

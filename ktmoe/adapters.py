@@ -27,13 +27,17 @@ from torch import Tensor, nn
 
 from ktmoe.experts import MoEExperts
 from ktmoe.layout import CheckpointLayout, checkpoint_layout
-from ktmoe.peft_layer import LoraExperts
+from ktmoe.peft_layer import PLAIN_INIT, LoraExperts
 from ktmoe.types import PROJECTIONS, KTError
 
 
 _WEIGHTS, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _HUB = ("subfolder", "revision", "cache_dir", "token", "use_auth_token", "force_download", "local_files_only")
 EXPERTS_TARGET = "experts"
+_NOT_ON_EXPERTS = (
+    "use_dora", "lora_bias", "use_qalora", "use_bdlora", "alora_invocation_tokens", "arrow_config", "eva_config",
+    "corda_config", "loftq_config", "trainable_token_indices", "layer_replication",
+)  # fmt: skip
 _EXPERT_KEY = re.compile(r"\.experts\.(\d+|base_layer|lora_)")
 
 
@@ -55,6 +59,7 @@ def get_peft_model(
     Raises:
         KTError: a LoRA variant that the experts do not have.
     """
+    _refuse_options(kwargs)
     prepared = prepare_config(peft_config, model)
     with _native_names():
         peft_model = peft.get_peft_model(model, prepared, adapter_name=adapter_name, **kwargs)
@@ -97,9 +102,14 @@ def prepare_config(peft_config: LoraConfig, model: nn.Module) -> LoraConfig:
         KTError: options that the experts' LoRA does not have, or a target that names some of their projections only.
     """
     config = copy.deepcopy(peft_config)
-    experts = {name: m for name, m in model.named_modules() if isinstance(m, MoEExperts)}
-    config.target_modules = _resolve_targets(config, model, experts)
-    reached = EXPERTS_TARGET in (config.target_modules or ())
+    experts = [n.removesuffix(".base_layer") for n, m in model.named_modules() if isinstance(m, MoEExperts)]
+    config.target_modules, reached = _resolve_targets(config, model, experts)
+    inside = [e for e in experts for saved in config.modules_to_save or () if f".{e}.".find(f".{saved}.") >= 0]
+    if inside:
+        raise KTError(
+            f"modules_to_save: got {_shown(config.modules_to_save)}, which holds the routed experts ({inside[0]}); "
+            "their own weights are frozen. Name modules outside of them; experts get LoRA by target_modules."
+        )
     if experts and not reached:
         warnings.warn(
             f"ktmoe: target_modules = {_shown(peft_config.target_modules)} leaves the routed experts without LoRA; "
@@ -107,13 +117,7 @@ def prepare_config(peft_config: LoraConfig, model: nn.Module) -> LoraConfig:
             stacklevel=3,
         )
     if reached:
-        for name in ("rank_pattern", "alpha_pattern"):
-            if getattr(config, name, None):
-                raise KTError(f"{name}: got {getattr(config, name)}; all routed experts share one rank. Leave it out.")
-        if getattr(config, "target_parameters", None):
-            raise KTError(
-                "target_parameters: the routed experts are no parameters here. Write target_modules: experts."
-            )
+        check_lora_config(config)
         if config.lora_dropout:
             warnings.warn(
                 f"ktmoe: lora_dropout = {config.lora_dropout} is not applied to the routed experts, only to the rest.",
@@ -123,57 +127,118 @@ def prepare_config(peft_config: LoraConfig, model: nn.Module) -> LoraConfig:
     return config
 
 
-def _resolve_targets(config: LoraConfig, model: Any, experts: dict[str, MoEExperts]) -> Any:
-    """Target names with `EXPERTS_TARGET` among them if the routed experts are meant."""
+def check_lora_config(config: LoraConfig) -> None:
+    """Refuses options that the LoRA of routed experts does not have, before a model is touched.
+
+    Raises:
+        KTError: names the option.
+    """
+    for name in _NOT_ON_EXPERTS:
+        if getattr(config, name, None):
+            raise KTError(
+                f"{name}: got {getattr(config, name)}; the routed experts have plain LoRA only. Leave it out."
+            )
+    for name in ("rank_pattern", "alpha_pattern"):
+        if getattr(config, name, None):
+            raise KTError(f"{name}: got {getattr(config, name)}; all routed experts share one rank. Leave it out.")
+    if getattr(config, "target_parameters", None):
+        raise KTError("target_parameters: the routed experts are no parameters here. Write target_modules: experts.")
+    if config.init_lora_weights not in PLAIN_INIT:
+        raise KTError(
+            f"init_lora_weights: got {config.init_lora_weights!r}; the routed experts take True, False or 'gaussian'."
+        )
+
+
+def _resolve_targets(config: LoraConfig, model: Any, experts: list[str]) -> tuple[Any, set[str]]:
+    """Targets that peft matches in an attached model, and the layers of routed experts among them."""
     targets = config.target_modules
     names = _projection_names(model)
     if targets is None:
-        return None  # peft's default for the architecture, which names attention projections
+        return None, set()  # peft's default for the architecture, which names attention projections
     if isinstance(targets, str):
         if targets.lower() == "all-linear":
             head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
             linear = {n for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head}
-            return linear | ({EXPERTS_TARGET} if experts else set())
-        matched = {n for n, m in model.named_modules() if isinstance(m, nn.Linear) and re.fullmatch(targets, n)}
-        probes = [
-            f"{n}{tail}" for n in experts for tail in ("", *(f".0.{p}" for p in names), *(f".{p}" for p in names))
-        ]
-        return matched | ({EXPERTS_TARGET} if any(re.fullmatch(targets, p) for p in probes) else set())
-    targets = set(targets)
-    named = {p for p in names if any(t == p or t.endswith(f"experts.{p}") for t in targets)}
-    if experts and named and len(named) < len(names) and EXPERTS_TARGET not in targets:
-        raise KTError(
-            f"target_modules: got {_shown(targets)}; LoRA on the routed experts covers {', '.join(names)} together. "
-            "Name all three, or 'experts', or none of them."
+            return _with_experts(linear, set(experts), experts)
+        layers = (nn.Linear, nn.Embedding)
+        matched = {n for n, m in model.named_modules() if isinstance(m, layers) and re.fullmatch(targets, n)}
+        tails = ("", *(f".0.{p}" for p in names), *(f".{p}" for p in names))
+        return _with_experts(
+            matched, {e for e in experts if any(re.fullmatch(targets, e + t) for t in tails)}, experts
         )
-    if experts and (named or any(t.endswith(EXPERTS_TARGET) for t in targets)):
-        targets.add(EXPERTS_TARGET)
-    return targets
+
+    def meant(name: str) -> bool:
+        return any(name == t or name.endswith(f".{t}") for t in targets)
+
+    reached = {e for e in experts if meant(e)}
+    for e in set(experts) - reached:
+        named = [p for p in names if meant(f"{e}.{p}")]
+        if named and len(named) < len(names):
+            raise KTError(
+                f"target_modules: got {_shown(targets)}; LoRA on the routed experts covers {', '.join(names)} "
+                "together. Name all three, or 'experts', or none of them."
+            )
+        if named:
+            reached.add(e)
+    return _with_experts(set(targets), reached, experts)
+
+
+def _with_experts(targets: set[str], reached: set[str], experts: list[str]) -> tuple[set[str], set[str]]:
+    """Adds the reached layers by one short name if they are all, else each by its own."""
+    return targets | ({EXPERTS_TARGET} if reached and reached == set(experts) else reached), reached
 
 
 class _KTPeftMixin:
     """Save and load of a PeftModel whose expert LoRA is stacked in memory."""
 
-    def save_pretrained(self: Any, save_directory: str, *args: Any, **kwargs: Any) -> None:
+    def save_pretrained(
+        self: Any,
+        save_directory: str,
+        safe_serialization: bool = True,
+        selected_adapters: list[str] | None = None,
+        **kwargs: Any,
+    ) -> None:
         """`PeftModel.save_pretrained`; expert LoRA goes to the same file in PEFT's per-expert format."""
+        if not safe_serialization:
+            raise KTError("safe_serialization: got False; adapters are saved as safetensors only. Leave it at True.")
         state = kwargs.pop("state_dict", None)
         state = self.state_dict() if state is None else state
         prefixes = tuple(f"{name}." for name, _ in _expert_layers(self))
         kwargs["state_dict"] = {k: v for k, v in state.items() if not k.startswith(prefixes)} if prefixes else state
-        super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
-        for adapter in kwargs.get("selected_adapters") or list(self.peft_config):
+        super().save_pretrained(save_directory, True, selected_adapters, **kwargs)  # type: ignore[misc]
+        for adapter in selected_adapters or list(self.peft_config):
             if kwargs.get("is_main_process", True):
                 folder = Path(save_directory) / ("" if adapter == "default" else adapter)
                 _add_experts(self, folder, adapter, state)
 
+    def merge_and_unload(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """Refused as a whole while the experts have LoRA: peft merges module by module."""
+        _refuse_merge(self)
+        return self.base_model.merge_and_unload(*args, **kwargs)
+
+    def merge_adapter(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """Refused as a whole while the experts have LoRA: peft merges module by module."""
+        _refuse_merge(self)
+        return self.base_model.merge_adapter(*args, **kwargs)
+
     def load_adapter(self: Any, model_id: str, adapter_name: str, is_trainable: bool = False, **kwargs: Any) -> Any:
         """`PeftModel.load_adapter`; reads PEFT's per-expert format into the stacked parameters."""
+        _refuse_options(kwargs)
         hub = {k: v for k, v in kwargs.items() if k in _HUB and v is not None}
-        if adapter_name not in self.peft_config:
+        new = adapter_name not in self.peft_config
+        if new:
             self.add_adapter(adapter_name, _read_config(self.get_base_model(), str(model_id), is_trainable, hub))
-        weights = load_peft_weights(str(model_id), device="cpu", **hub)
+        try:
+            return self._read_adapter(str(model_id), adapter_name, is_trainable, hub)
+        except Exception:
+            if new:  # an adapter that did not load must not stay behind half made
+                self.delete_adapter(adapter_name)
+            raise
+
+    def _read_adapter(self: Any, model_id: str, adapter_name: str, is_trainable: bool, hub: dict[str, Any]) -> Any:
+        weights = load_peft_weights(model_id, device="cpu", **hub)
         layers = {name: layer for name, layer in _expert_layers(self) if layer.stacked(adapter_name)}
-        rest = _load_experts(layers, adapter_name, weights, _layout(self), str(model_id))
+        rest = _load_experts(layers, adapter_name, weights, _layout(self), model_id)
         with _native_names():
             result = set_peft_model_state_dict(self, rest, adapter_name=adapter_name)
         prefixes = tuple(f"{name}." for name in layers)
@@ -191,6 +256,7 @@ class _KTPeftMixin:
 
     def add_adapter(self: Any, adapter_name: str, peft_config: LoraConfig, **kwargs: Any) -> None:
         """`PeftModel.add_adapter`, for the routed experts too."""
+        _refuse_options(kwargs)
         with _native_names():
             prepared = prepare_config(peft_config, self.get_base_model())
             super().add_adapter(adapter_name, prepared, **kwargs)  # type: ignore[misc]
@@ -210,10 +276,24 @@ def _read_config(model: nn.Module, path: str, is_trainable: bool, hub: dict[str,
     targets = config.target_modules if isinstance(config.target_modules, (set, list)) else modules
     kept = {t for t in targets if any(m == t or m.endswith(f".{t}") for m in modules)}
     reached = {n for n, _ in model.named_modules() if any(n == t or n.endswith(f".{t}") for t in kept)}
-    config.target_modules = (kept if reached == modules else modules) | (
-        {EXPERTS_TARGET} if modules != saved else set()
-    )
+    experts = {f"{m.rpartition('.experts.')[0]}.experts" for m in saved - modules}
+    config.target_modules = (kept if reached == modules else modules) | experts
     return config
+
+
+def _refuse_merge(model: nn.Module) -> None:
+    if _expert_layers(model):
+        raise KTError(
+            "merge: the routed experts cannot be merged in memory yet. Load the saved adapter with stock transformers "
+            "and peft on the base model, and merge there."
+        )
+
+
+def _refuse_options(options: dict[str, Any]) -> None:
+    """Refuses peft's options that would leave the experts' LoRA unloaded without a word."""
+    for name in ("low_cpu_mem_usage", "ephemeral_gpu_offload", "key_mapping", "ignore_mismatched_sizes"):
+        if options.get(name):
+            raise KTError(f"{name}: got {options[name]!r}; not supported with routed experts. Leave it out.")
 
 
 @functools.cache
@@ -286,7 +366,9 @@ def _add_experts(model: Any, folder: Path, adapter: str, state: dict[str, Tensor
     os.replace(part, path)
     config_path = folder / _CONFIG
     config = json.loads(config_path.read_text())
-    targets = {t for t in config["target_modules"] if t != EXPERTS_TARGET} | set(layout.projections.values())
+    targets = {t for t in config["target_modules"] if t.rpartition(".")[2] != EXPERTS_TARGET} | set(
+        layout.projections.values()
+    )
     config["target_modules"] = sorted(targets)
     part = config_path.with_suffix(".part")
     part.write_text(json.dumps(config, indent=2, sort_keys=True))

@@ -182,8 +182,8 @@ def violations(
             limit *= 2  # the worst of many single rows, not a mean
         elif (m.name, m.expert) in baseline:
             limit = min(limit, 2 * baseline[m.name, m.expert] + ROUNDING_FLOOR)
-        # One expert's activations are those of two tokens: of 1,000 sound cases a few are beyond the plain limit, by up
-        # to a fifth.
+        # One expert's activations are those of two tokens: of 1,000 sound cases a few are beyond the plain limit, by
+        # up to a fifth.
         spread = limits.projection * (2 if m.expert is not None and m.name not in LORA_NAMES else 1)
         if not m.error <= limit:
             found.append(f"{m.label}: relative error {m.error:.4g}, limit {limit:.4g}")

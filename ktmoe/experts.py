@@ -17,6 +17,9 @@ from ktmoe.types import ExpertWeights, KTError, Lora, MoEShape
 from ktmoe.validation import check_call, check_lora
 
 
+_RANK_TO_COME = 16  # what a kernel is built for when it runs before anybody has named a rank
+
+
 class MoEExperts(nn.Module):
     """Routed experts that live in host memory. Same signature as the experts modules of transformers 5.
 
@@ -50,7 +53,7 @@ class MoEExperts(nn.Module):
             raise KTError(f"r: got {r!r}; expected a whole number: the LoRA rank, or 0 for none.")
         self.weights, self.top_k, self.config = weights, top_k, config or KTConfig()
         self.r = r
-        self.scaling = (r if lora_alpha is None else lora_alpha) / r if r else 1.0
+        self.scaling = checked_scaling(r if lora_alpha is None else lora_alpha, r) if r else 1.0
         self._backend: Backend | None = None
         self.plan: Plan = plan(self.config, self.shape(max(r, 1)))
         # Read by peft for the device to put an adapter on, and by code that asks an experts module for its dtype.
@@ -104,12 +107,12 @@ class MoEExperts(nn.Module):
             self.plan = ensure_verified(plan(self.config, shape), shape, self.config)
             backend = build(self.plan, self.weights, shape, scaling)
             if self.plan.is_kernel:
-                backend = probe(backend, self.plan, self.weights, self.config)
+                backend, self.plan = probe(backend, self.plan, self.weights, self.config)
             self._backend = backend
         elif outgrown:
             raise KTError(
                 f"r: got {rank}; this layer's experts were loaded for at most {self._backend.shape.rank}. Attach the "
-                f"model with r={rank}, the largest rank of all its adapters."
+                f"model with r={rank}: the largest rank of its adapters, or the sum of those active together."
             )
         return self._backend
 
@@ -129,7 +132,7 @@ class MoEExperts(nn.Module):
 
     def run(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, lora: Lora | None) -> Tensor:
         """`forward` with a LoRA that somebody else holds, or none."""
-        backend = self._backend or self.load(lora.rank if lora else 1, lora.scaling if lora else 1.0)
+        backend = self._backend or self.load(lora.rank if lora else _RANK_TO_COME, lora.scaling if lora else 1.0)
         check_call(hidden_states, top_k_index, top_k_weights, backend.shape)
         if lora is not None:
             check_lora(lora, backend.shape)
@@ -142,19 +145,31 @@ class MoEExperts(nn.Module):
             self._backend = None
 
     def _apply(self, fn: Any, recurse: bool = True) -> MoEExperts:
-        """Follows `.to(dtype)` but stays on the CPU: the experts are here because they do not fit elsewhere."""
-
-        def stay(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            return moved if moved.device.type == "cpu" else tensor.to(moved.dtype)
-
-        return super()._apply(stay, recurse)
+        """Stays on the CPU, since the experts do not fit elsewhere, and its LoRA stays an fp32 master."""
+        return super()._apply(stay_fp32_on_cpu(fn), recurse)
 
     def extra_repr(self) -> str:
         """Sizes and backend."""
         w = self.weights
         sizes = f"num_experts={w.num_experts}, hidden_size={w.hidden_size}, intermediate_size={w.intermediate_size}"
         return f"{sizes}, top_k={self.top_k}, backend={self.plan.backend}"
+
+
+def stay_fp32_on_cpu(fn: Any) -> Any:
+    """What `.to(...)` may do to LoRA of routed experts: anything but another device or dtype."""
+
+    def stay(tensor: Tensor) -> Tensor:
+        moved = fn(tensor)
+        return moved if moved.device.type == "cpu" and moved.dtype == tensor.dtype else tensor
+
+    return stay
+
+
+def checked_scaling(lora_alpha: Any, divisor: float) -> float:
+    """alpha / r (or sqrt(r)). Raises KTError for an alpha that is no number above zero."""
+    if isinstance(lora_alpha, bool) or not isinstance(lora_alpha, (int, float)) or not 0 < lora_alpha < math.inf:
+        raise KTError(f"lora_alpha: got {lora_alpha!r}; expected a number above 0.")
+    return lora_alpha / divisor
 
 
 def init_lora(shape: tuple[int, int, int], side: str) -> Tensor:

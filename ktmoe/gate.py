@@ -58,21 +58,21 @@ def ensure_verified(plan: Plan, shape: MoEShape, config: KTConfig) -> Plan:
     return _fall_back(plan, config, "the contract gate", problems)
 
 
-def probe(backend: Backend, plan: Plan, weights: ExpertWeights, config: KTConfig) -> Backend:
+def probe(backend: Backend, plan: Plan, weights: ExpertWeights, config: KTConfig) -> tuple[Backend, Plan]:
     """Checks a loaded layer on its own weights: one token per expert, output and input gradient.
 
     Returns:
-        The backend; a torch backend if the probe failed and `kt_fallback` is `torch`.
+        The backend and its plan; a torch backend and its plan if the probe failed and `kt_fallback` is `torch`.
 
     Raises:
         KernelError: the probe failed and `kt_fallback` is `error`.
     """
     problems = probe_problems(backend, weights, contract.HARD[plan.backend])
     if not problems:
-        return backend
+        return backend, plan
     backend.close()
     fallen = _fall_back(plan, config, "the load probe", problems)
-    return build(fallen, weights, backend.shape, 1.0)
+    return build(fallen, weights, backend.shape, 1.0), fallen
 
 
 def probe_problems(backend: Backend, weights: ExpertWeights, limits: contract.Limits) -> list[str]:

@@ -7,10 +7,10 @@ import warnings
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm.auto import tqdm
 
-from ktmoe.adapters import get_peft_model
+from ktmoe.adapters import check_lora_config, get_peft_model
 from ktmoe.backends import kernel, plan
 from ktmoe.config import KTConfig
 from ktmoe.experts import MoEExperts
@@ -45,9 +45,11 @@ def attach(
     """
     config = config or KTConfig()
     rank = lora.r if lora is not None else r
+    if lora is not None:
+        check_lora_config(lora)
     found = _find(model)
     for name, (module, top_k) in found.items():
-        _check_dtype(name, module)
+        _check_loaded(name, module)
         plan(config, MoEExperts(_weights(module), top_k=top_k, config=config).shape(rank or 1))
     replaced = {name: MoEExperts(_weights(m), top_k=k, config=config) for name, (m, k) in found.items()}
     if rank:  # before the model is touched: a kernel that fails its checks leaves it as it was
@@ -117,6 +119,8 @@ def summary(model: nn.Module) -> list[str]:
     if first.plan.is_kernel:
         pools = f", {first.plan.tp} NUMA pools" if first.plan.tp > 1 else ""
         where = f"kt_kernel ({kernel.variant()}), {first.plan.threads} threads{pools}, verified on this machine"
+    fallen = [m for m in layers if m.plan.backend != first.plan.backend]
+    others_too = f"; {len(fallen)} layers on {fallen[0].plan.backend}" if fallen else ""
     size = sum(m.weights.nbytes() for m in layers) / 1e9
     rest = {p.device.type for n, p in model.named_parameters() if ".experts." not in n}
     expert_ids = {id(p) for m in model.modules() if isinstance(m, (MoEExperts, LoraExperts)) for p in m.parameters()}
@@ -124,7 +128,7 @@ def summary(model: nn.Module) -> list[str]:
     of_experts = sum(p.numel() for p in trainable if id(p) in expert_ids)
     others = sum(p.numel() for p in trainable) - of_experts
     return [
-        f"ktmoe: routed experts on {first.plan.backend}: {where}",
+        f"ktmoe: routed experts on {first.plan.backend}: {where}{others_too}",
         f"ktmoe: {len(layers)} MoE layers x {first.num_experts} experts, {size:.3g} GB of {first.weights.dtype} "
         f"weights in host memory; everything else on {', '.join(sorted(rest)) or 'cpu'}",
         f"ktmoe: trainable parameters: {of_experts:,} in expert LoRA, {others:,} elsewhere",
@@ -135,7 +139,7 @@ def _find(model: nn.Module) -> dict[str, tuple[nn.Module, int]]:
     """Every routed-experts module with its top_k. Raises KTError if there is none or one is not plain."""
     if moe_layers(model):
         raise KTError("This model's routed experts are attached already.")
-    found = {name: m for name, m in model.named_modules() if _looks_like_experts(name, m)}
+    found = {name: m for name, m in model.named_modules() if name and _looks_like_experts(name, m)}
     if not found:
         raise KTError(
             f"{type(model).__name__} has no MoE layer: no module of it holds routed experts. use_kt is for "
@@ -191,12 +195,12 @@ def _why_not_plain(module: Any) -> str:
 
 def _weights(module: Any) -> ExpertWeights:
     """Views of a plain experts module's tensors: gate is the first half of gate_up_proj, up the second."""
-    gate_up: Tensor = module.gate_up_proj.detach()
+    gate_up, down = (t if t.is_meta else t.cpu() for t in (module.gate_up_proj.detach(), module.down_proj.detach()))
     i = gate_up.shape[1] // 2
-    return ExpertWeights(gate_up[:, :i], gate_up[:, i:], module.down_proj.detach())
+    return ExpertWeights(gate_up[:, :i], gate_up[:, i:], down)
 
 
-def _check_dtype(name: str, module: Any) -> None:
+def _check_loaded(name: str, module: Any) -> None:
     if module.gate_up_proj.device.type == "meta":
         raise KTError(f"{name}: its weights are on the meta device. Load the model's weights before attaching it.")
 

@@ -15,11 +15,11 @@ import torch
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
-from ktmoe.experts import MoEExperts, init_lora
+from ktmoe.experts import MoEExperts, checked_scaling, init_lora, stay_fp32_on_cpu
 from ktmoe.types import KTError, Lora
 
 
-_PLAIN_INIT = (True, False, "gaussian")
+PLAIN_INIT = (True, False, "gaussian")
 
 
 class LoraExperts(nn.Module, LoraLayer):
@@ -67,11 +67,15 @@ class LoraExperts(nn.Module, LoraLayer):
             if option(name, False):
                 raise KTError(f"{name}: got True; the routed experts have plain LoRA only. Set it to False.")
         init = option("init_lora_weights", True)
-        if init not in _PLAIN_INIT:
+        if init not in PLAIN_INIT:
             raise KTError(f"init_lora_weights: got {init!r}; the routed experts take True, False or 'gaussian'.")
         base: MoEExperts = self.get_base_layer()
+        if base.r:
+            raise KTError(
+                f"r: these experts have LoRA of their own (r={base.r}), which peft's would hide. Build them with r=0."
+            )
         use_rslora = option("use_rslora", False)
-        scaling = lora_alpha / (math.sqrt(r) if use_rslora else r)
+        scaling = checked_scaling(lora_alpha, math.sqrt(r) if use_rslora else r)
         base.load(r, scaling)
         self.r[adapter_name], self.lora_alpha[adapter_name] = r, lora_alpha
         self.scaling[adapter_name], self.use_rslora[adapter_name] = scaling, use_rslora
@@ -131,13 +135,8 @@ class LoraExperts(nn.Module, LoraLayer):
         """Nothing is ever merged."""
 
     def _apply(self, fn: Any, recurse: bool = True) -> LoraExperts:
-        """Follows `.to(dtype)` but stays on the CPU, with the experts."""
-
-        def stay(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            return moved if moved.device.type == "cpu" else tensor.to(moved.dtype)
-
-        return super()._apply(stay, recurse)
+        """Stays where it is, and fp32: see `MoEExperts`."""
+        return super()._apply(stay_fp32_on_cpu(fn), recurse)
 
     def __repr__(self) -> str:
         """As peft's layers print."""
