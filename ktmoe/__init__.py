@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from ktmoe.adapters import get_peft_model, load_adapter
     from ktmoe.config import KTConfig
     from ktmoe.experts import MoEExperts
-    from ktmoe.models import attach
+    from ktmoe.models import attach, detach
     from ktmoe.types import ExpertWeights, KernelError, KTError
 
 __version__ = "0.1.0.dev0"
@@ -25,6 +25,7 @@ _HOME = {
     "KernelError": "types",
     "MoEExperts": "experts",
     "attach": "models",
+    "detach": "models",
     "get_peft_model": "adapters",
     "load_adapter": "adapters",
 }
@@ -36,6 +37,7 @@ __all__ = [
     "KernelError",
     "MoEExperts",
     "attach",
+    "detach",
     "get_peft_model",
     "load_adapter",
 ]

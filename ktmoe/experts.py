@@ -55,6 +55,7 @@ class MoEExperts(nn.Module):
         self.r = r
         self.scaling = checked_scaling(r if lora_alpha is None else lora_alpha, r) if r else 1.0
         self._backend: Backend | None = None
+        self.original: tuple[nn.Module, ...] = ()  # what it stands for in a model; no submodule
         self.plan: Plan = plan(self.config, self.shape(max(r, 1)))
         # Read by peft for the device to put an adapter on, and by code that asks an experts module for its dtype.
         self.weight = torch.empty(0, dtype=weights.dtype)
@@ -139,7 +140,7 @@ class MoEExperts(nn.Module):
         return run_experts(backend, hidden_states, top_k_index, top_k_weights, lora)
 
     def close(self) -> None:
-        """Releases the backend. The kernel leaks its packed weights all the same (trap K22): attach once, keep it."""
+        """Releases the backend. The kernel's packed buffers go to the next layer of the same sizes (trap K22)."""
         if self._backend is not None:
             self._backend.close()
             self._backend = None

@@ -7,7 +7,7 @@ import warnings
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ktmoe.adapters import check_lora_config, get_peft_model
@@ -48,20 +48,44 @@ def attach(
     if lora is not None:
         check_lora_config(lora)
     found = _find(model)
-    for name, (module, top_k) in found.items():
-        _check_loaded(name, module)
-        plan(config, MoEExperts(_weights(module), top_k=top_k, config=config).shape(rank or 1))
-    replaced = {name: MoEExperts(_weights(m), top_k=k, config=config) for name, (m, k) in found.items()}
+    tensors = {name: _host_tensors(module) for name, (module, _) in found.items()}
+    replaced = {name: MoEExperts(_weights(*tensors[name]), top_k=k, config=config) for name, (_, k) in found.items()}
+    for name, experts in replaced.items():
+        _check_loaded(name, found[name][0])
+        plan(config, experts.shape(rank or 1))
     if rank:  # before the model is touched: a kernel that fails its checks leaves it as it was
         for experts in tqdm(replaced.values(), desc="Loading experts", unit="layer", disable=len(replaced) < 8):
             experts.load(rank)
     for name, experts in replaced.items():
-        experts.train(found[name][0].training)
-        parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, experts)
+        module = found[name][0]
+        module.gate_up_proj.data, module.down_proj.data = tensors[name]  # a copy that was on a GPU is freed
+        experts.original = (module,)
+        experts.train(module.training)
+        _put(model, name, experts)
     if hasattr(model, "save_pretrained"):
         cast(Any, model).save_pretrained = functools.partial(_refuse_save, type(model).__name__)
     return model if lora is None else get_peft_model(model, lora)
+
+
+def detach(model: nn.Module) -> nn.Module:
+    """Gives an attached model transformers' own experts back, in place and on the CPU, and closes the backends.
+
+    Raises:
+        KTError: nothing is attached, or adapters are still around the experts. The model stays as it was.
+    """
+    layers = moe_layers(model)
+    if not layers:
+        raise KTError(f"{type(model).__name__} has no routed experts that ktmoe runs: there is nothing to detach.")
+    if any(isinstance(m, LoraExperts) for m in model.modules()):
+        raise KTError(
+            "detach: adapters are around the routed experts. Save them if they are wanted, take them off with "
+            "`model = peft_model.unload()`, and detach that model."
+        )
+    for name, experts in layers.items():
+        _put(model, name, experts.original[0].train(experts.training))
+        experts.close()
+    vars(model).pop("save_pretrained", None)
+    return model
 
 
 def check_model(model_config: Any, config: KTConfig, r: int) -> None:
@@ -87,9 +111,7 @@ def check_model(model_config: Any, config: KTConfig, r: int) -> None:
             f"transformers has no causal language model for {type(model_config).__name__}: {error}"
         ) from error
     for module, top_k in _find(skeleton).values():
-        gate_up = module.gate_up_proj
-        plan(config, MoEExperts(_weights(module), top_k=top_k, config=config).shape(r))
-        assert gate_up.device.type == "meta"
+        plan(config, MoEExperts(_weights(*_host_tensors(module)), top_k=top_k, config=config).shape(r))
 
 
 def moe_layers(model: nn.Module) -> dict[str, MoEExperts]:
@@ -133,6 +155,11 @@ def summary(model: nn.Module) -> list[str]:
         f"weights in host memory; everything else on {', '.join(sorted(rest)) or 'cpu'}",
         f"ktmoe: trainable parameters: {of_experts:,} in expert LoRA, {others:,} elsewhere",
     ]
+
+
+def _put(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, module)
 
 
 def _find(model: nn.Module) -> dict[str, tuple[nn.Module, int]]:
@@ -193,9 +220,14 @@ def _why_not_plain(module: Any) -> str:
     return ""
 
 
-def _weights(module: Any) -> ExpertWeights:
-    """Views of a plain experts module's tensors: gate is the first half of gate_up_proj, up the second."""
+def _host_tensors(module: Any) -> tuple[Tensor, Tensor]:
+    """gate_up_proj [E, 2I, H] and down_proj [E, H, I] of a plain experts module in host memory (or on meta)."""
     gate_up, down = (t if t.is_meta else t.cpu() for t in (module.gate_up_proj.detach(), module.down_proj.detach()))
+    return gate_up, down
+
+
+def _weights(gate_up: Tensor, down: Tensor) -> ExpertWeights:
+    """Views: gate is the first half of gate_up_proj, up the second."""
     i = gate_up.shape[1] // 2
     return ExpertWeights(gate_up[:, :i], gate_up[:, i:], down)
 

@@ -309,3 +309,23 @@ def test_a_damaged_adapter_is_refused_whole(tmp_path):
             ktmoe.load_adapter(target, tmp_path)
     with pytest.raises(KTError, match="merge"):
         attach(model(), REFERENCE, lora=lora("experts")).merge_and_unload()
+
+
+def test_detach_gives_transformers_its_experts_back(tmp_path):
+    made = model()
+    before = made(IDS).logits
+    types = {n: type(m) for n, m in made.named_modules()}
+    parameters = dict(made.named_parameters())
+    wrapped = attach(made, REFERENCE, lora=lora("experts"))
+    with pytest.raises(KTError, match=r"adapters are around.*unload"):
+        ktmoe.detach(wrapped.get_base_model())
+    bare = wrapped.unload()
+    assert ktmoe.detach(bare) is bare
+    assert {n: type(m) for n, m in bare.named_modules()} == types
+    assert all(p is parameters[n] for n, p in bare.named_parameters())
+    assert torch.equal(bare(IDS).logits, before)
+    bare.save_pretrained(tmp_path)
+    with pytest.raises(KTError, match="nothing to detach"):
+        ktmoe.detach(bare)
+    attach(bare, REFERENCE, r=2)  # and again
+    torch.testing.assert_close(bare(IDS).logits, before)

@@ -1,69 +1,44 @@
-"""kt_kernel's SFT operators as a backend: the only module that imports kt_kernel and that knows its traps.
+"""kt_kernel's SFT operators as a backend: the only module that knows their traps.
 
 The extension takes raw pointers and checks nothing. Facts about it were measured on kt-kernel 0.7.2 (`docs/kernel.md`
-lists the traps K1 to K26 by number; the numbers in the comments here refer to that list).
+lists the traps K1 to K28 by number; the numbers in the comments here refer to that list).
 """
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import itertools
 import os
-import sys
-import threading
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from ktmoe_reference import LORA_NAMES
 from torch import Tensor
 
+from ktmoe.backends.extension import CLASSES, Host, available, extension_path, numa_nodes, quiet, variant
 from ktmoe.backends.torch import TorchBackend
 from ktmoe.interface import STATELESS, Backend
 from ktmoe.types import PROJECTIONS, ExpertWeights, Gradients, Inputs, KTError, MoEShape
 
 
-_CLASSES = {"AMXBF16": "AMXBF16_SFT_MOE", "AMXInt8": "AMXInt8_SFT_MOE"}
+__all__ = ["KernelBackend", "available", "check_shape", "extension_path", "numa_nodes", "valid_tp", "variant"]
+
 _GRANULE = {"AMXBF16": 32, "AMXInt8": 64}  # K2: H and I / TP must be multiples
 _MAX_RANK = 128  # the largest rank ever checked against a reference
 _MAX_TP = 4  # K17: the merge of five and more parts sums only the first four
 _LAYER_IDS = itertools.count(1)  # K10: the extension's owner check is global to the process
 _TICKETS = itertools.count(STATELESS + 1)
-
-
-@functools.cache
-def _extension() -> tuple[Any, str]:
-    """The extension module and its CPU variant, or None and the reason why there is none."""
-    try:
-        with _quiet():
-            import kt_kernel
-        extension = kt_kernel.kt_kernel_ext
-        variant = str(kt_kernel.__cpu_variant__)
-    except Exception as error:  # a wheel for another CPU or libc fails in many ways: all mean "not here"
-        return None, f"kt_kernel cannot be imported ({type(error).__name__}: {error})"
-    missing = [name for name in ("MOESFTConfig", *_CLASSES.values()) if not hasattr(extension.moe, name)]
-    if missing:
-        return None, f"kt_kernel's {variant} variant, the one for this CPU, has no {', '.join(missing)}"
-    return extension, variant
-
-
-def available() -> bool:
-    """Whether this CPU and this installation have the SFT classes."""
-    return _extension()[0] is not None
-
-
-def variant() -> str:
-    """The CPU variant of the extension (`amx`, `avx512_bf16`), or why there is none."""
-    return _extension()[1]
-
-
-def extension_path() -> Path | None:
-    """The extension's file, whose hash a gate certificate names."""
-    extension = _extension()[0]
-    return Path(extension.__file__) if extension else None
+# The same for every layer. The expert map (K20) and the experts on a GPU (K19) are never set.
+_SETTINGS = {
+    "lora_dropout": 0.0,  # K21: its masks differ between forward and recompute, and apply in evaluation
+    "max_cache_depth": 1,  # K8
+    "share_cache_pool": False,  # K9
+    "authoritative_optimizer_grads": True,  # K12: every gradient is overwritten, inactive experts with zero
+}
 
 
 def valid_tp(kind: str, shape: MoEShape, wanted: int) -> int:
@@ -93,39 +68,15 @@ def check_shape(kind: str, shape: MoEShape) -> None:
         )
 
 
-class _Host:
-    """The process's one pool of kernel threads per (threads, TP). Tasks run one at a time."""
+@dataclass
+class _Packed:
+    """A kernel object with weights in its own buffers, and the LoRA tensors that it points to.
 
-    _hosts: ClassVar[dict[tuple[int, int], _Host]] = {}
+    K11: gate_A and up_A are read live at every call, so the tensors live as long as the object.
+    """
 
-    def __init__(self, threads: int, tp: int) -> None:
-        self.extension, why = _extension()
-        if self.extension is None:
-            raise KTError(f"kt_backend: {why}. Use kt_backend: torch or auto.")
-        nodes = numa_nodes()
-        pool = self.extension.WorkerPoolConfig()
-        pool.subpool_count = tp
-        pool.subpool_numa_map = [nodes[t % len(nodes)] for t in range(tp)]
-        pool.subpool_thread_count = [max(1, threads // tp + (t < threads % tp)) for t in range(tp)]
-        self.tp = tp
-        self.pid = os.getpid()
-        self.lock = threading.RLock()
-        with _quiet():
-            self.infer = self.extension.CPUInfer(pool)
-        # Never destroyed: its destructor prints to stdout at interpreter exit, when nobody can redirect it any more.
-        ctypes.pythonapi.Py_IncRef(ctypes.py_object(self.infer))
-
-    @classmethod
-    def get(cls, threads: int, tp: int) -> _Host:
-        key = (threads, tp)
-        host = cls._hosts.get(key)
-        if host is None or host.pid != os.getpid():
-            host = cls._hosts[key] = cls(threads, tp)
-        return host
-
-    def run(self, task: tuple[int, int]) -> None:
-        self.infer.submit(task)
-        self.infer.sync()
+    moe: Any
+    lora: list[Tensor]
 
 
 class KernelBackend(Backend):
@@ -170,36 +121,49 @@ class KernelBackend(Backend):
             raise KTError(f"tensor parallelism: {tp} parts do not divide I = {shape.intermediate_size} for {kind}.")
         self.name, self.shape, self.weights, self.scaling = kind, shape, weights, scaling
         self.max_len = -(-max_len // 32) * 32
-        self._host = _Host.get(threads, tp)
+        self._host = Host.get(threads, tp)
         self._exact = TorchBackend(weights, shape, torch.float32)
-        # K11: gate_A and up_A are read live at every call, so these copies live as long as the kernel object.
-        self._lora = [torch.zeros(s, dtype=torch.bfloat16) for s in shape.lora_shapes().values()]
         self._cached = STATELESS  # the ticket whose activations the kernel holds
-        self._moe = self._build(share_backward)
+        packed = self._pack(share_backward)
+        self._moe, self._lora = packed.moe, packed.lora
+        # K22: also when nobody calls `close`. INT8 with a backward copy of its own is the one that cannot be reloaded.
+        idle = self._host.idle[self._key(share_backward)] if share_backward or kind == "AMXBF16" else []
+        self._release = weakref.finalize(self, idle.append, packed)
+        self._release.atexit = False
 
-    def _build(self, share_backward: bool) -> Any:
+    def _key(self, share_backward: bool) -> tuple[Any, ...]:
+        return self.name, self.shape, self.scaling, self.max_len, share_backward
+
+    def _pack(self, share_backward: bool) -> _Packed:
+        """Loads the weights into a kernel object: that of a layer that is gone, or a new one."""
+        # The packed buffers are copies, so the contiguous bf16 form of the source lives only until load_weights ends.
+        source = {p: _contiguous(getattr(self.weights, p)) for p in PROJECTIONS}
+        pointers = {p: t.data_ptr() for p, t in source.items()}
+        idle = self._host.idle[self._key(share_backward)]
+        with self._host.lock, quiet():
+            used = idle.pop() if idle else None
+            if used is not None:
+                used.moe.set_base_weight_pointers(*pointers.values())
+            packed = used or self._create(share_backward, pointers)
+            self._host.run(packed.moe.load_weights_task())
+            if used is not None and share_backward:
+                self._take_backward_buffer_over()
+        return packed
+
+    def _create(self, share_backward: bool, pointers: dict[str, int]) -> _Packed:
         extension, s = self._host.extension, self.shape
+        lora = [torch.zeros(size, dtype=torch.bfloat16) for size in s.lora_shapes().values()]
         c = extension.moe.MOESFTConfig(s.num_experts, s.top_k, s.hidden_size, s.intermediate_size)
         c.layer_idx = next(_LAYER_IDS)
         c.pool = self._host.infer.backend_
         c.max_len = self.max_len
         c.lora_rank = s.rank
         c.lora_alpha = float(self.scaling * s.rank)
-        c.lora_dropout = 0.0  # K21: its masks differ between forward and recompute, and apply in evaluation
-        c.max_cache_depth = 1  # K8
-        c.share_cache_pool = False  # K9
         c.share_backward_bb = share_backward
-        c.authoritative_optimizer_grads = True  # K12: every gradient is overwritten, inactive experts with zero
-        # The packed buffers are copies, so the contiguous bf16 form of the source lives only until load_weights ends.
-        packed = {p: _contiguous(getattr(self.weights, p)) for p in PROJECTIONS}
-        for p, tensor in packed.items():
-            setattr(c, p, tensor.data_ptr())
-        for field, tensor in zip(_LORA_FIELDS, self._lora, strict=True):
-            setattr(c, field, tensor.data_ptr())
-        with self._host.lock, _quiet():
-            moe = getattr(extension.moe, _CLASSES[self.name])(c)
-            self._host.run(moe.load_weights_task())
-        return moe
+        fields = dict(zip(_LORA_FIELDS, (t.data_ptr() for t in lora), strict=True))
+        for name, value in (_SETTINGS | pointers | fields).items():
+            setattr(c, name, value)
+        return _Packed(getattr(extension.moe, CLASSES[self.name])(c), lora)
 
     def forward(self, inputs: Inputs, *, save: bool) -> tuple[Tensor, int]:
         """See `Backend.forward`."""
@@ -216,16 +180,10 @@ class KernelBackend(Backend):
         with self._running():
             self._refresh(inputs)
             grads = self._backward(ticket, inputs, grad_output)
-            # K15, K16: a gate activation below -88.5 or a NaN leaves its row of grad_input NaN, and the LoRA gradients
-            # silently wrong but finite. Such tokens are computed in fp32 from the source, the others without them.
-            sound = (
-                grads.hidden_states.isfinite().all(-1)
-                & inputs.hidden_states.isfinite().all(-1)
-                & grad_output.isfinite().all(-1)
-                & inputs.top_k_weights.isfinite().all(-1)
-            )
+            sound = _sound_rows(inputs, grad_output, grads)
             if sound.all():
                 return grads
+            # Those tokens are computed in fp32 from the source weights, and the others again without them.
             good, bad = sound.nonzero().squeeze(-1), (~sound).nonzero().squeeze(-1)
             grads = Gradients(grads.hidden_states, grads.top_k_weights, None)
             rest = self._backward(STATELESS, inputs.rows(good), grad_output[good].contiguous())
@@ -235,9 +193,21 @@ class KernelBackend(Backend):
             return grads
 
     def close(self) -> None:
-        """Drops the kernel object. K22: the extension leaks its packed weights; only the process's end frees them."""
-        with self._host.lock, _quiet():
+        """Gives the kernel object to the next layer of the same kind: destroyed, it would leak its weights (K22)."""
+        with self._host.lock:
             self._moe = None
+            self._release()
+
+    def _take_backward_buffer_over(self) -> None:
+        """K23: if a reloaded object was the last to fill the shared backward buffer, its old weights are in there."""
+        other = _smallest_layer(self.name, self._host)
+        one = Inputs(
+            torch.ones(1, other.shape.hidden_size, dtype=torch.bfloat16),
+            torch.zeros(1, 1, dtype=torch.int64),
+            torch.ones(1, 1),
+            None,
+        )
+        other.backward(STATELESS, one, one.hidden_states)
 
     def _exact_backward(self, inputs: Inputs, grad_output: Tensor) -> Gradients:
         x = inputs.hidden_states.float()
@@ -328,6 +298,25 @@ class KernelBackend(Backend):
         ]
 
 
+def _sound_rows(inputs: Inputs, grad_output: Tensor, grads: Gradients) -> Tensor:
+    """[T] bool: the tokens that the kernel's backward is right for.
+
+    K15, K16: a gate activation of -88.5 or less, or a NaN, leaves the token's row of grad_input NaN, and the LoRA
+    gradients silently wrong but finite.
+    """
+    rows = (grads.hidden_states, inputs.hidden_states, grad_output, inputs.top_k_weights)
+    return torch.stack([r.isfinite().all(-1) for r in rows]).all(0)
+
+
+@functools.cache
+def _smallest_layer(kind: str, host: Host) -> KernelBackend:
+    """A layer whose backward makes the shared backward buffer its own."""
+    i = _GRANULE[kind] * host.tp
+    gate_up = torch.ones(1, i, 64, dtype=torch.bfloat16)
+    weights = ExpertWeights(gate_up, gate_up, gate_up.mT.contiguous())
+    return KernelBackend(kind, weights, MoEShape(1, 64, i, 1, 1), threads=host.threads, tp=host.tp, max_len=32)
+
+
 _LORA_FIELDS = ("gate_lora_a", "gate_lora_b", "up_lora_a", "up_lora_b", "down_lora_a", "down_lora_b")
 
 
@@ -336,31 +325,3 @@ def _contiguous(stack: Any) -> Tensor:
     if isinstance(stack, Tensor):
         return stack.detach().to("cpu", torch.bfloat16).contiguous()
     return torch.stack([w.detach().to("cpu", torch.bfloat16) for w in stack])
-
-
-def numa_nodes() -> list[int]:
-    """Ids of the NUMA nodes that have memory, [0] where the system does not say."""
-    names = sorted(Path("/sys/devices/system/node").glob("node[0-9]*"))
-    return sorted(int(n.name.removeprefix("node")) for n in names) or [0]
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keeps the extension's own printing off the user's stdout: it writes to file descriptor 1 from C++."""
-    libc = ctypes.CDLL(None)
-    sys.stdout.flush()
-    libc.fflush(None)
-    try:
-        saved = os.dup(1)
-    except OSError:  # no stdout at all: nothing to keep clean
-        yield
-        return
-    devnull = os.open(os.devnull, os.O_WRONLY)
-    try:
-        os.dup2(devnull, 1)
-        yield
-    finally:
-        libc.fflush(None)
-        os.dup2(saved, 1)
-        os.close(saved)
-        os.close(devnull)

@@ -1,0 +1,131 @@
+"""kt_kernel's compiled extension: finding it, its threads, its printing. The only module that imports kt_kernel."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import sys
+import threading
+from collections import defaultdict
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar
+
+from ktmoe.types import KTError
+
+
+CLASSES = {"AMXBF16": "AMXBF16_SFT_MOE", "AMXInt8": "AMXInt8_SFT_MOE"}
+
+
+@functools.cache
+def _extension() -> tuple[Any, str]:
+    """The extension module and its CPU variant, or None and the reason why there is none."""
+    try:
+        with quiet():
+            import kt_kernel
+        extension = kt_kernel.kt_kernel_ext
+        variant = str(kt_kernel.__cpu_variant__)
+    except Exception as error:  # a wheel for another CPU or libc fails in many ways: all mean "not here"
+        return None, f"kt_kernel cannot be imported ({type(error).__name__}: {error})"
+    missing = [name for name in ("MOESFTConfig", *CLASSES.values()) if not hasattr(extension.moe, name)]
+    if missing:
+        return None, f"kt_kernel's {variant} variant, the one for this CPU, has no {', '.join(missing)}"
+    return extension, variant
+
+
+def available() -> bool:
+    """Whether this CPU and this installation have the SFT classes."""
+    return _extension()[0] is not None
+
+
+def variant() -> str:
+    """The CPU variant of the extension (`amx`, `avx512_bf16`), or why there is none."""
+    return _extension()[1]
+
+
+def extension_path() -> Path | None:
+    """The extension's file, whose hash a gate certificate names."""
+    extension = _extension()[0]
+    return Path(extension.__file__) if extension else None
+
+
+class Host:
+    """The process's one pool of kernel threads per (threads, TP). Tasks run one at a time.
+
+    Attributes:
+        lock: held while a task runs; the extension takes one caller at a time (K26).
+        idle: kernel objects whose layer is gone, by what they were built for. Destroying one would leak its packed
+            weights (K22), so the next layer of the same kind takes it.
+    """
+
+    _hosts: ClassVar[dict[tuple[int, int], Host]] = {}
+
+    def __init__(self, threads: int, tp: int) -> None:
+        """Starts the threads.
+
+        Args:
+            threads: of all pools together.
+            tp: pools, one per part of the intermediate dimension, on NUMA nodes in turn.
+
+        Raises:
+            KTError: this host has no SFT classes.
+        """
+        self.extension, why = _extension()
+        if self.extension is None:
+            raise KTError(f"kt_backend: {why}. Use kt_backend: torch or auto.")
+        nodes = numa_nodes()
+        pool = self.extension.WorkerPoolConfig()
+        pool.subpool_count = tp
+        pool.subpool_numa_map = [nodes[t % len(nodes)] for t in range(tp)]
+        pool.subpool_thread_count = [max(1, threads // tp + (t < threads % tp)) for t in range(tp)]
+        self.tp, self.threads = tp, threads
+        self.pid = os.getpid()
+        self.lock = threading.RLock()
+        self.idle: defaultdict[Hashable, list[Any]] = defaultdict(list)
+        with quiet():
+            self.infer = self.extension.CPUInfer(pool)
+        # Never destroyed: its destructor prints to stdout at interpreter exit, when nobody can redirect it any more.
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(self.infer))
+
+    @classmethod
+    def get(cls, threads: int, tp: int) -> Host:
+        """This process's pool; a forked child does not have its parent's threads and gets its own."""
+        host = cls._hosts.get((threads, tp))
+        if host is None or host.pid != os.getpid():
+            host = cls._hosts[threads, tp] = cls(threads, tp)
+        return host
+
+    def run(self, task: tuple[int, int]) -> None:
+        """Runs one task to its end. The caller holds `lock`."""
+        self.infer.submit(task)
+        self.infer.sync()
+
+
+def numa_nodes() -> list[int]:
+    """Ids of the NUMA nodes that have memory, [0] where the system does not say."""
+    names = sorted(Path("/sys/devices/system/node").glob("node[0-9]*"))
+    return sorted(int(n.name.removeprefix("node")) for n in names) or [0]
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keeps the extension's own printing off the user's stdout: it writes to file descriptor 1 from C++."""
+    libc = ctypes.CDLL(None)
+    sys.stdout.flush()
+    libc.fflush(None)
+    try:
+        saved = os.dup(1)
+    except OSError:  # no stdout at all: nothing to keep clean
+        yield
+        return
+    devnull = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(devnull, 1)
+        yield
+    finally:
+        libc.fflush(None)
+        os.dup2(saved, 1)
+        os.close(saved)
+        os.close(devnull)
