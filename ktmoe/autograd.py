@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ktmoe.interface import Backend
-from ktmoe.types import Inputs, KTError, Lora, MoEShape
-from ktmoe.validation import check_call, make_inputs
+from ktmoe.types import Inputs, Lora, MoEShape
+from ktmoe.validation import check_unchanged, make_inputs
 
 
 @torch.compiler.disable
@@ -61,13 +61,7 @@ class _RunExperts(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> Any:
         hidden_states, index, weights, ticket, *lora = ctx.saved_tensors
-        # K6, K7: `x.data = y` goes past autograd's own check, and the kernel would write out of bounds.
-        check_call(hidden_states, index, weights, ctx.backend.shape)
-        if grad_output.shape != hidden_states.shape:
-            raise KTError(
-                f"hidden_states: shape {tuple(grad_output.shape)} in the forward, {tuple(hidden_states.shape)} in the "
-                "backward. Something replaced its data (`.data = ...`) in between; give the experts a new tensor."
-            )
+        check_unchanged(grad_output, hidden_states, index, weights, ctx.backend.shape)
         inputs = _inputs(ctx.backend, hidden_states, index, weights, tuple(lora), ctx.scaling)
         grad = grad_output.to("cpu", inputs.hidden_states.dtype).contiguous()
         with torch.autocast("cpu", enabled=False):

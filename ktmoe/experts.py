@@ -105,6 +105,8 @@ class MoEExperts(nn.Module):
         outgrown = self._backend is not None and self._backend.shape.rank < rank
         if self._backend is None or (outgrown and not self.plan.is_kernel):  # the others have nothing built for a rank
             shape = self.shape(rank)
+            if self.weights.gate_proj[0].is_meta:
+                raise KTError("weights: on the meta device, so there are none. Give ExpertWeights tensors with data.")
             self.plan = ensure_verified(plan(self.config, shape), shape, self.config)
             backend = build(self.plan, self.weights, shape, scaling)
             if self.plan.is_kernel:

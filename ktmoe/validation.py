@@ -63,6 +63,24 @@ def check_call(hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
             )
 
 
+def check_unchanged(
+    grad_output: Tensor, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, shape: MoEShape
+) -> None:
+    """Refuses a backward whose inputs have other sizes than in the forward.
+
+    `x.data = y` goes past autograd's own check, and the kernel would write out of bounds (K6, K7).
+
+    Raises:
+        KTError: names both shapes.
+    """
+    if grad_output.shape != hidden_states.shape:
+        raise KTError(
+            f"hidden_states: shape {tuple(grad_output.shape)} in the forward, {tuple(hidden_states.shape)} in the "
+            "backward. Something replaced its data (`.data = ...`) in between; give the experts a new tensor instead."
+        )
+    check_call(hidden_states, top_k_index, top_k_weights, shape)
+
+
 def check_lora(lora: Lora, shape: MoEShape) -> None:
     """Refuses LoRA tensors that do not fit the layer.
 

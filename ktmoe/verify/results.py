@@ -1,0 +1,57 @@
+"""How every section of the verification ends: one sentence, an exit code and, if asked for, a file."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from ktmoe.backends import KERNEL_BACKENDS, kernel
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options that every section has."""
+    parser.add_argument("--output", type=Path, metavar="DIR", help="where the results go, as DIR/<section>.json")
+    parser.add_argument("--allow-unverified", action="store_true", help="succeed where no kernel can be measured")
+
+
+def console() -> Console:
+    """For tables and progress; wide enough for a table where it goes to a file."""
+    return Console(width=None if sys.stdout.isatty() else 160)
+
+
+def end(
+    to: Console, args: argparse.Namespace, section: str, problems: list[str], data: dict[str, Any], summary: str = ""
+) -> int:
+    """Says how a section ended and writes its results.
+
+    Args:
+        to: where to say it.
+        args: with what `add_arguments` added.
+        section: its name.
+        problems: what was found wrong, as sentences.
+        data: what was measured; plain JSON.
+        summary: what passed, one sentence; by default that the kernel did.
+
+    Returns:
+        The exit code: 0 if nothing is wrong and the kernel was measured, or need not be.
+    """
+    for problem in problems:
+        to.print(f"[red]{problem}[/]", highlight=False)
+    if problems:
+        verdict, summary = "fail", f"{section} FAILED: {len(problems)} problems"
+    elif not kernel.available():
+        verdict, summary = "not verified", f"kernel NOT verified on this host: {kernel.variant()}"
+    else:
+        verdict = "pass"
+        summary = summary or f"{section}: kernel verified: {kernel.variant()} ({', '.join(KERNEL_BACKENDS)})"
+    to.print(f"[{'red' if problems else 'yellow' if verdict == 'not verified' else 'green'}]{summary}[/]")
+    if args.output is not None:
+        args.output.mkdir(parents=True, exist_ok=True)
+        text = {"section": section, "verdict": verdict, "summary": summary, "problems": problems, "data": data}
+        (args.output / f"{section}.json").write_text(json.dumps(text, indent=1) + "\n")
+    return int(verdict == "fail" or (verdict == "not verified" and not args.allow_unverified))

@@ -1,0 +1,52 @@
+"""Every trap of docs/kernel.md: held with its guard, and noticed by its probe without."""
+
+import multiprocessing
+
+import pytest
+from guards import GUARDS
+from helpers import KERNELS
+
+from ktmoe.verify import traps
+from ktmoe.verify.probes import TRAPS
+
+
+# They crash, hang and corrupt: each runs in a child of a process that has imported everything but started nothing.
+HARMLESS = {(20, "AMXInt8")}  # which does not read the expert map when it quantises by itself
+FORKSERVER = multiprocessing.get_context("forkserver")
+FORKSERVER.set_forkserver_preload(["guards"])
+
+
+def test_every_trap_has_a_probe_and_a_guard():
+    assert sorted(TRAPS) == sorted(GUARDS) == list(range(1, 29))
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("name", KERNELS)
+def test_every_trap_is_held(name):
+    assert dict(traps.run(name)) == {number: [] for number in TRAPS}
+
+
+def probe_without_guard(answers, number, name):
+    GUARDS[number]()
+    try:
+        answers.send(TRAPS[number].probe(name))
+    except Exception as error:
+        answers.send([f"{type(error).__name__}: {error}"])
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize(("number", "name"), [(n, k) for n in GUARDS for k in KERNELS if (n, k) not in HARMLESS])
+def test_a_missing_guard_is_noticed(number, name):
+    receiver, sender = FORKSERVER.Pipe(duplex=False)
+    child = FORKSERVER.Process(target=probe_without_guard, args=(sender, number, name))
+    child.start()
+    sender.close()
+    try:
+        found = receiver.recv() if receiver.poll(60) else ["it hangs"]
+    except EOFError:
+        child.join()
+        found = [f"exit code {child.exitcode}"]
+    child.kill()
+    child.join()
+    print(f"K{number}, {name}: {found[:3]}")
+    assert found, f"without its guard, K{number} goes unnoticed"
