@@ -14,6 +14,7 @@ from ktmoe.types import KTError
 BACKENDS = ("AMXBF16", "AMXInt8", "torch", "reference", "auto")
 SHARE_BACKWARD = ("auto", "on", "off")
 FALLBACK = ("error", "torch")
+VERIFY = ("quick", "full", "off")
 
 # Keys of LLaMA-Factory 0.9.4's KTransformers integration, of the first fork, and of 0.9.5's own unused fields.
 OLD_KEYS = {
@@ -60,6 +61,11 @@ class KTConfig:
         "auto",
         "One repacked backward buffer for all layers (on, less memory) or a copy per layer (off, faster). auto: on.",
     )
+    kt_verify: str = _key(
+        "quick",
+        "How the kernel is checked before it is used: quick (seconds, once per shape, then each layer as it is "
+        "loaded), full (eight larger cases at every start), off (not at all: wrong gradients would go unnoticed).",
+    )
     kt_fallback: str = _key(
         "error", "When the kernel fails its checks: stop (error), or go on with the torch backend (torch)."
     )
@@ -69,6 +75,7 @@ class KTConfig:
         for name, choices in (
             ("kt_backend", BACKENDS),
             ("kt_share_backward", SHARE_BACKWARD),
+            ("kt_verify", VERIFY),
             ("kt_fallback", FALLBACK),
         ):
             object.__setattr__(self, name, _choice(name, getattr(self, name), choices))
@@ -98,8 +105,8 @@ class KTConfig:
 def _choice(name: str, value: Any, choices: tuple[str, ...]) -> str:
     by_lower = {c.lower(): c for c in choices}
     found = by_lower.get(value.lower()) if isinstance(value, str) else None
-    if found is None and isinstance(value, bool) and ("on" in choices):  # YAML 1.1 reads on/off as booleans
-        found = "on" if value else "off"
+    if found is None and isinstance(value, bool):  # YAML 1.1 reads on and off as booleans
+        found = by_lower.get("on" if value else "off")
     if found is None:
         near = difflib.get_close_matches(str(value).lower(), list(by_lower), n=1, cutoff=0.5)
         hint = f" Did you mean {by_lower[near[0]]}?" if near else ""

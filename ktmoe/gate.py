@@ -1,29 +1,22 @@
 """The two checks that stand before the kernel. What fails them never computes a gradient.
 
-(a) The contract gate, once per shape on this host: every output and gradient against fp64, in a process of its own,
-    since a kernel that is wrong may also crash. Its pass is a certificate in the user's cache directory.
+(a) The contract gate, once per shape on this host: every output and gradient against the reference, in a process of
+    its own, since a kernel that is wrong may also crash. Its pass is a certificate (`ktmoe.certificate`).
 (b) The load probe, on every layer at every load: each expert's output and input gradient on the real weights against
-    fp32. It finds what (a) cannot: a mis-read shard, a swapped expert.
+    torch. It finds what (a) cannot: a mis-read shard, a swapped expert.
 """
 
 from __future__ import annotations
 
-import functools
-import hashlib
 import json
-import os
-import platform
 import subprocess
 import sys
-from dataclasses import asdict, replace
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
-import platformdirs
 import torch
 
-from ktmoe import contract
+from ktmoe import certificate, contract
 from ktmoe.backends import Plan, build, kernel, say_once
 from ktmoe.backends.torch import TorchBackend
 from ktmoe.config import KTConfig
@@ -33,7 +26,25 @@ from ktmoe.validation import make_inputs
 
 
 _TIMEOUT = 600  # seconds; a gate takes one to ten
-TOKENS = 16
+
+
+@dataclass(frozen=True)
+class Level:
+    """How much is checked.
+
+    Attributes:
+        seeds: drawn cases of the contract gate.
+        tokens: in each case, besides two per expert.
+        probe_dtype: what torch computes the load probe's reference in.
+    """
+
+    seeds: int
+    tokens: int
+    probe_dtype: torch.dtype
+
+
+# quick: what a start may cost. full: run anew at every start, for those who doubt the kernel, or this file.
+LEVELS = {"quick": Level(1, 16, torch.bfloat16), "full": Level(8, 192, torch.float32)}
 
 
 def ensure_verified(plan: Plan, shape: MoEShape, config: KTConfig) -> Plan:
@@ -47,13 +58,18 @@ def ensure_verified(plan: Plan, shape: MoEShape, config: KTConfig) -> Plan:
     """
     if not plan.is_kernel:
         return plan
-    subject = _subject(plan, contract.reduced(shape))
-    path = _cache_dir() / f"{hashlib.sha256(_canonical(subject)).hexdigest()[:32]}.json"
-    if _certified(path, subject):
+    if config.kt_verify == "off":
+        say_once(
+            f"ktmoe: kt_verify: off, so nothing has checked that {plan.backend} ({kernel.variant()}) computes what it "
+            "should on this machine. Wrong gradients would go unnoticed."
+        )
         return plan
-    problems = _run_gate(subject)
+    about = certificate.subject(plan, contract.reduced(shape))
+    if config.kt_verify == "quick" and certificate.exists(about):
+        return plan
+    problems = _run_gate(about, config.kt_verify)
     if not problems:
-        _write(path, subject)
+        certificate.write(about)
         return plan
     return _fall_back(plan, config, "the contract gate", problems)
 
@@ -67,7 +83,9 @@ def probe(backend: Backend, plan: Plan, weights: ExpertWeights, config: KTConfig
     Raises:
         KernelError: the probe failed and `kt_fallback` is `error`.
     """
-    problems = probe_problems(backend, weights, contract.HARD[plan.backend])
+    if config.kt_verify == "off":
+        return backend, plan
+    problems = probe_problems(backend, weights, contract.HARD[plan.backend], LEVELS[config.kt_verify].probe_dtype)
     if not problems:
         return backend, plan
     backend.close()
@@ -75,8 +93,17 @@ def probe(backend: Backend, plan: Plan, weights: ExpertWeights, config: KTConfig
     return build(fallen, weights, backend.shape, 1.0), fallen
 
 
-def probe_problems(backend: Backend, weights: ExpertWeights, limits: contract.Limits) -> list[str]:
-    """What the load probe finds wrong with each expert, as sentences."""
+def probe_problems(
+    backend: Backend, weights: ExpertWeights, limits: contract.Limits, dtype: torch.dtype = torch.float32
+) -> list[str]:
+    """What the load probe finds wrong with each expert, as sentences.
+
+    Args:
+        backend: with `weights` loaded.
+        weights: the source.
+        limits: for each expert's single token.
+        dtype: what torch computes in. bf16 reads the source as it is and takes a third of the time of fp32.
+    """
     shape = backend.shape
     g = torch.Generator().manual_seed(shape.num_experts)
     x = torch.randn(shape.num_experts, shape.hidden_size, generator=g).to(torch.bfloat16)  # [E, H]
@@ -85,7 +112,7 @@ def probe_problems(backend: Backend, weights: ExpertWeights, limits: contract.Li
     index[:, 0] = torch.arange(shape.num_experts)
     routing = torch.ones(shape.num_experts, shape.top_k)
     answers = []
-    for b in (backend, TorchBackend(weights, shape, torch.float32)):
+    for b in (backend, TorchBackend(weights, shape, dtype)):
         inputs = make_inputs(x, index, routing, None, shape, b.compute_dtype)
         out, ticket = b.forward(inputs, save=True)
         answers.append((out.float(), b.backward(ticket, inputs, grad.to(b.compute_dtype)).hidden_states.float()))
@@ -99,18 +126,21 @@ def probe_problems(backend: Backend, weights: ExpertWeights, limits: contract.Li
     return problems
 
 
-def run_contract(subject: dict[str, Any]) -> list[str]:
+def run_contract(about: dict[str, Any], level: str) -> list[str]:
     """Runs the contract in this process and returns what breaks it. The child process of the gate calls this."""
-    shape, plan = MoEShape(**subject["shape"]), Plan(**subject["plan"])
-    case = contract.draw_case(shape, TOKENS, seed=0)
-    backend = build(plan, case.weights, shape, case.lora.scaling)
-    expected = contract.specification(case)
-    rows = contract.measure(case, contract.answer(backend, case), expected)
-    return contract.violations(rows, contract.HARD[plan.backend], contract.baseline(plan.backend, case, expected))
+    shape, plan = MoEShape(**about["shape"]), Plan(**about["plan"])
+    for seed in range(LEVELS[level].seeds):
+        case = contract.draw_case(shape, LEVELS[level].tokens, seed)
+        backend = build(plan, case.weights, shape, case.lora.scaling)
+        problems = contract.judge(backend, case, contract.HARD[plan.backend])
+        backend.close()
+        if problems:
+            return problems
+    return []
 
 
-def _run_gate(subject: dict[str, Any]) -> list[str]:
-    command = [sys.executable, "-m", "ktmoe.gate", json.dumps(subject)]
+def _run_gate(about: dict[str, Any], level: str) -> list[str]:
+    command = [sys.executable, "-m", "ktmoe.gate", json.dumps(about), level]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT)
     except subprocess.TimeoutExpired:
@@ -136,67 +166,5 @@ def _fall_back(plan: Plan, config: KTConfig, check: str, problems: list[str]) ->
     )
 
 
-def _subject(plan: Plan, shape: MoEShape) -> dict[str, Any]:
-    """Everything that a certificate speaks of. Any difference asks for a new gate."""
-    return {
-        "shape": asdict(shape),
-        "plan": asdict(plan),
-        "extension": _extension_hash(),
-        "variant": kernel.variant(),
-        "cpu": _cpu_model(),
-        "ktmoe": _version("ktmoe"),
-        "torch": torch.__version__,
-    }
-
-
-@functools.cache
-def _extension_hash() -> str:
-    path = kernel.extension_path()
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path else ""
-
-
-@functools.cache
-def _cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    keys = ("model name", "cpu family", "model", "stepping")
-    return "; ".join(sorted({line.replace("\t", "") for line in lines if line.split("\t")[0].strip() in keys}))
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:  # run from a source tree
-        return "source"
-
-
-def _cache_dir() -> Path:
-    return Path(os.environ.get("KTMOE_CACHE_DIR") or platformdirs.user_cache_dir("ktmoe")) / "gate"
-
-
-def _canonical(subject: dict[str, Any]) -> bytes:
-    return json.dumps(subject, sort_keys=True).encode()
-
-
-def _certified(path: Path, subject: dict[str, Any]) -> bool:
-    try:
-        return json.loads(path.read_text()) == subject
-    except (OSError, ValueError):
-        return False
-
-
-def _write(path: Path, subject: dict[str, Any]) -> None:
-    """Atomically: a certificate is whole or absent. A read-only cache costs a gate per process, not a failure."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(f".{os.getpid()}.part")
-        part.write_text(json.dumps(subject, sort_keys=True, indent=1))
-        part.replace(path)
-    except OSError as error:
-        say_once(f"ktmoe: the gate's certificate cannot be kept ({error}); the check runs again in the next process.")
-
-
 if __name__ == "__main__":
-    print(json.dumps(run_contract(json.loads(sys.argv[1]))))
+    print(json.dumps(run_contract(json.loads(sys.argv[1]), sys.argv[2])))

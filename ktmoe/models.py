@@ -139,8 +139,9 @@ def summary(model: nn.Module) -> list[str]:
     first = layers[0]
     where = {"torch": "PyTorch on the CPU", "reference": "the fp32 reference on the CPU"}.get(first.plan.backend)
     if first.plan.is_kernel:
+        checked = "NOT verified (kt_verify: off)" if first.config.kt_verify == "off" else "verified on this machine"
         pools = f", {first.plan.tp} NUMA pools" if first.plan.tp > 1 else ""
-        where = f"kt_kernel ({kernel.variant()}), {first.plan.threads} threads{pools}, verified on this machine"
+        where = f"kt_kernel ({kernel.variant()}), {first.plan.threads} threads{pools}, {checked}"
     fallen = [m for m in layers if m.plan.backend != first.plan.backend]
     others_too = f"; {len(fallen)} layers on {fallen[0].plan.backend}" if fallen else ""
     size = sum(m.weights.nbytes() for m in layers) / 1e9

@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers import KERNEL_BACKENDS, SMALL, loaded, weights
 
-from ktmoe import KernelError, KTConfig, MoEExperts, contract, gate
+from ktmoe import KernelError, KTConfig, MoEExperts, certificate, contract, gate
 from ktmoe.backends import plan
 from ktmoe.backends.torch import TorchBackend
 from ktmoe.cli import run
@@ -30,30 +30,60 @@ def test_the_contract_gate_passes_once_and_leaves_a_certificate(name, cache, mon
     config = KTConfig(kt_backend=name, kt_num_threads=2, kt_max_len=64)
     decided = plan(config, SMALL)
     assert gate.ensure_verified(decided, SMALL, config) == decided
-    (certificate,) = cache.glob("*.json")
-    assert json.loads(certificate.read_text())["shape"] == dataclasses.asdict(contract.reduced(SMALL))
-    monkeypatch.setattr(gate, "_run_gate", lambda subject: pytest.fail("the certificate was not used"))
+    (written,) = cache.glob("*.json")
+    found = json.loads(written.read_text())
+    assert found["subject"]["shape"] == dataclasses.asdict(contract.reduced(SMALL))
+    monkeypatch.setattr(gate, "_run_gate", lambda *args: pytest.fail("the certificate was not used"))
     gate.ensure_verified(decided, SMALL, config)
 
 
 @every_kernel
-@pytest.mark.parametrize("change", ["shape", "extension", "cpu", "torn"])
+@pytest.mark.parametrize(
+    "change", [None, "shape", "_extension_hash", "_cpu_model", "_code_hash", "_host", "torn", "edited", "renamed"]
+)
 def test_a_certificate_for_something_else_is_not_believed(name, cache, monkeypatch, change):
     config = KTConfig(kt_backend=name, kt_num_threads=2, kt_max_len=64)
     decided, shape, ran = plan(config, SMALL), SMALL, []
-    monkeypatch.setattr(gate, "_run_gate", lambda subject: ran.append(subject) or [])
+    monkeypatch.setattr(gate, "_run_gate", lambda *args: ran.append(args) or [])
     gate.ensure_verified(decided, shape, config)
+    (written,) = cache.glob("*.json")
     if change == "shape":
         shape = dataclasses.replace(shape, intermediate_size=128)
-    elif change == "extension":
-        monkeypatch.setattr(gate, "_extension_hash", lambda: "another wheel")
-    elif change == "cpu":
-        monkeypatch.setattr(gate, "_cpu_model", lambda: "another CPU")
-    else:
-        (certificate,) = cache.glob("*.json")
-        certificate.write_text(certificate.read_text()[:-10])
+    elif change == "torn":
+        written.write_text(written.read_text()[:-10])
+    elif change in ("edited", "renamed"):  # one that passed for another rank, made to look like the one that is needed
+        shape = dataclasses.replace(shape, rank=5)
+        text = written.read_text()
+        written.write_text(text.replace('"rank": 4', '"rank": 5') if change == "edited" else text)
+        written.rename(certificate._path(certificate.subject(decided, contract.reduced(shape))))
+    elif change is not None:
+        monkeypatch.setattr(certificate, change, lambda: "another")
     gate.ensure_verified(decided, shape, config)
-    assert len(ran) == 2
+    assert len(ran) == (1 if change is None else 2)
+
+
+@every_kernel
+def test_a_full_check_runs_at_every_start(name, cache, monkeypatch):
+    config = KTConfig(kt_backend=name, kt_num_threads=2, kt_max_len=64, kt_verify="full")
+    ran = []
+    monkeypatch.setattr(gate, "_run_gate", lambda about, level: ran.append(level) or [])
+    dtypes = []
+    real = gate.probe_problems
+    monkeypatch.setattr(gate, "probe_problems", lambda *args: dtypes.append(args[3]) or real(*args))
+    for _ in range(2):
+        MoEExperts(weights(), top_k=2, r=4, config=config)
+    assert ran == ["full", "full"]
+    assert dtypes == [torch.float32] * 2
+    assert gate.run_contract(certificate.subject(plan(config, SMALL), contract.reduced(SMALL)), "full") == []
+
+
+@every_kernel
+def test_switched_off_checks_are_announced(name, cache, monkeypatch):
+    monkeypatch.setattr(gate, "_run_gate", lambda *args: pytest.fail("checked"))
+    monkeypatch.setattr(gate, "probe_problems", lambda *args: pytest.fail("checked"))
+    monkeypatch.setattr("ktmoe.backends._said", set())
+    with pytest.warns(UserWarning, match=f"kt_verify: off, so nothing has checked that {name}"):
+        MoEExperts(weights(), top_k=2, r=4, config=KTConfig(kt_backend=name, kt_verify=False, kt_max_len=64))
 
 
 @every_kernel
@@ -74,7 +104,7 @@ def test_a_kernel_that_crashes_in_the_gate_is_an_error(name, cache, monkeypatch,
 
 @every_kernel
 def test_fallback_to_torch_is_allowed_and_announced(name, cache, monkeypatch):
-    monkeypatch.setattr(gate, "_run_gate", lambda subject: ["output: relative error 0.5, limit 0.05"])
+    monkeypatch.setattr(gate, "_run_gate", lambda *args: ["output: relative error 0.5, limit 0.05"])
     config = KTConfig(kt_backend=name, kt_fallback="torch", kt_max_len=96 if name == "AMXInt8" else 160)
     with pytest.warns(UserWarning, match="failed the contract gate(.|\n)*relative error 0.5"):
         experts = MoEExperts(weights(), top_k=2, r=4, config=config)
@@ -119,33 +149,34 @@ def test_the_contract_rejects_faults(name, fault):
 
 
 @every_kernel
-def test_the_load_probe_finds_a_swapped_and_a_misread_expert(name):
+@pytest.mark.parametrize("dtype", [level.probe_dtype for level in gate.LEVELS.values()])
+def test_the_load_probe_finds_a_swapped_and_a_misread_expert(name, dtype):
     """The kernel was given other weights than the source holds: its own numbers are consistent, and wrong."""
     backend, case = loaded(name, SMALL)
     limits = contract.HARD[name]
-    assert gate.probe_problems(backend, case.weights, limits) == []
+    assert gate.probe_problems(backend, case.weights, limits, dtype) == []
     swapped = case.weights.up_proj[torch.tensor([0, 2, 1, 3])]
-    found = gate.probe_problems(backend, dataclasses.replace(case.weights, up_proj=swapped), limits)
+    found = gate.probe_problems(backend, dataclasses.replace(case.weights, up_proj=swapped), limits, dtype)
     assert {f.split(":")[0] for f in found} == {
         f"{n} of expert {e}" for n in ("output", "input gradient") for e in (1, 2)
     }
     torn = case.weights.down_proj.clone()
     torn[3, 40:] = 0
-    found = gate.probe_problems(backend, dataclasses.replace(case.weights, down_proj=torn), limits)
+    found = gate.probe_problems(backend, dataclasses.replace(case.weights, down_proj=torn), limits, dtype)
     assert {f.split(":")[0] for f in found} >= {"output of expert 3"}
 
 
 @every_kernel
 def test_a_failed_probe_stops_the_load(name, cache, monkeypatch):
     """End to end: the weights change between packing and probing, as a mis-read shard would."""
-    monkeypatch.setattr(gate, "_run_gate", lambda subject: [])
+    monkeypatch.setattr(gate, "_run_gate", lambda *args: [])
     good = weights()
     lying = ExpertWeights(good.gate_proj.clone(), good.up_proj, good.down_proj)
     real = gate.probe_problems
 
-    def misread(backend, source, limits):
+    def misread(backend, source, *args):
         source.gate_proj[2].neg_()
-        return real(backend, source, limits)
+        return real(backend, source, *args)
 
     monkeypatch.setattr(gate, "probe_problems", misread)
     with pytest.raises(KernelError, match=r"failed the load probe(.|\n)*expert 2"):

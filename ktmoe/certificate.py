@@ -1,0 +1,110 @@
+"""What the contract gate leaves behind on this machine: a file that says what passed, where, and with which code."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import hmac
+import json
+import os
+import platform
+from dataclasses import asdict
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import ktmoe_reference
+import platformdirs
+import torch
+
+from ktmoe.backends import Plan, kernel, say_once
+from ktmoe.types import MoEShape
+
+
+def subject(plan: Plan, shape: MoEShape) -> dict[str, Any]:
+    """Everything that a certificate speaks of. Any difference asks for a new gate."""
+    return {
+        "shape": asdict(shape),
+        "plan": asdict(plan),
+        "extension": _extension_hash(),
+        "variant": kernel.variant(),
+        "cpu": _cpu_model(),
+        "host": _host(),
+        "code": _code_hash(),
+        "torch": torch.__version__,
+    }
+
+
+def exists(about: dict[str, Any]) -> bool:
+    """Whether this machine has a certificate for exactly this, as it was written."""
+    try:
+        found = json.loads(_path(about).read_text())
+    except (OSError, ValueError):
+        return False
+    if not isinstance(found, dict) or found.get("subject") != about:
+        return False
+    return hmac.compare_digest(str(found.pop("signature", "")), _signature(found))
+
+
+def write(about: dict[str, Any]) -> None:
+    """Atomically: a certificate is whole or absent. A read-only cache costs a gate per process, not a failure."""
+    path = _path(about)
+    content: dict[str, Any] = {"subject": about, "passed": datetime.now(timezone.utc).isoformat(timespec="seconds")}
+    content["signature"] = _signature(content)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(f".{os.getpid()}.part")
+        part.write_text(json.dumps(content, sort_keys=True, indent=1))
+        part.replace(path)
+    except OSError as error:
+        say_once(f"ktmoe: the gate's certificate cannot be kept ({error}); the check runs again in the next process.")
+
+
+def _path(about: dict[str, Any]) -> Path:
+    folder = Path(os.environ.get("KTMOE_CACHE_DIR") or platformdirs.user_cache_dir("ktmoe")) / "gate"
+    return folder / f"{hashlib.sha256(_canonical(about)).hexdigest()[:32]}.json"
+
+
+def _canonical(content: dict[str, Any]) -> bytes:
+    return json.dumps(content, sort_keys=True).encode()
+
+
+def _signature(content: dict[str, Any]) -> str:
+    """Against slips, not against attackers: an edited file, or one of another machine, does not carry it."""
+    return hmac.new(_host().encode(), _canonical(content), hashlib.sha256).hexdigest()
+
+
+@functools.cache
+def _host() -> str:
+    """This machine, or this container. Home directories are shared between the nodes of a cluster; CPUs are not."""
+    try:
+        machine = Path("/etc/machine-id").read_text().strip()
+    except OSError:
+        machine = ""
+    return hashlib.sha256(f"{machine} {platform.node()}".encode()).hexdigest()[:16]
+
+
+@functools.cache
+def _extension_hash() -> str:
+    path = kernel.extension_path()
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path else ""
+
+
+@functools.cache
+def _code_hash() -> str:
+    """Of ktmoe's and the reference's sources: what passed is this code, not a version number."""
+    found = hashlib.sha256()
+    for package in (Path(__file__).parent, Path(ktmoe_reference.__file__).parent):
+        for path in sorted([*package.glob("*.py"), *package.glob("backends/*.py")]):
+            found.update(path.name.encode() + b"\0" + path.read_bytes())
+    return found.hexdigest()
+
+
+@functools.cache
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    keys = ("model name", "cpu family", "model", "stepping", "microcode")
+    return "; ".join(sorted({line.replace("\t", "") for line in lines if line.split("\t")[0].strip() in keys}))
