@@ -15,7 +15,7 @@ from ktmoe.backends import kernel, plan
 from ktmoe.config import KTConfig
 from ktmoe.experts import MoEExperts
 from ktmoe.peft_layer import LoraExperts
-from ktmoe.types import ExpertWeights, KTError
+from ktmoe.types import ExpertWeights, KTError, MoEShape
 
 
 if TYPE_CHECKING:
@@ -99,6 +99,16 @@ def check_model(model_config: Any, config: KTConfig, r: int) -> None:
     Raises:
         KTError: as `attach`.
     """
+    for shape in expert_shapes(model_config, r):
+        plan(config, shape)
+
+
+def expert_shapes(model_config: Any, r: int) -> list[MoEShape]:
+    """The sizes of a model's MoE layers, each once, from the configuration alone.
+
+    Raises:
+        KTError: no MoE layer, experts that are not plain, or a rank that is no whole number above zero.
+    """
     from transformers import AutoModelForCausalLM
 
     if isinstance(r, bool) or not isinstance(r, int) or r < 1:
@@ -110,8 +120,9 @@ def check_model(model_config: Any, config: KTConfig, r: int) -> None:
         raise KTError(
             f"transformers has no causal language model for {type(model_config).__name__}: {error}"
         ) from error
-    for module, top_k in _find(skeleton).values():
-        plan(config, MoEExperts(_weights(*_host_tensors(module)), top_k=top_k, config=config).shape(r))
+    found = [(_weights(*_host_tensors(module)), top_k) for module, top_k in _find(skeleton).values()]
+    shapes = [MoEShape(w.num_experts, w.hidden_size, w.intermediate_size, top_k, r) for w, top_k in found]
+    return list(dict.fromkeys(shapes))
 
 
 def moe_layers(model: nn.Module) -> dict[str, MoEExperts]:

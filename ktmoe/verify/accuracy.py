@@ -1,24 +1,27 @@
 """`python -m ktmoe.verify.accuracy`: every output and gradient of the kernel against the fp64 specification.
 
-Layer shapes are those of released models, with fewer experts (E changes how often the same code runs, not the code).
+Layer shapes are those of released models, with fewer experts (E changes how often the same code runs, not the code),
+or those of the model that is asked for.
 """
 
 from __future__ import annotations
 
 import argparse
-import sys
+import math
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
+import torch
 from ktmoe_reference import LORA_NAMES
-from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
 from ktmoe import contract
 from ktmoe.backends import KERNEL_BACKENDS, build, kernel, plan
 from ktmoe.config import KTConfig
-from ktmoe.types import MoEShape
+from ktmoe.types import KTError, MoEShape
+from ktmoe.verify import results
 
 
 SHAPES = {
@@ -27,6 +30,7 @@ SHAPES = {
     "small, r=64": MoEShape(num_experts=8, hidden_size=256, intermediate_size=128, top_k=2, rank=64),
 }
 TOKENS = 192
+_LARGE = 2**30  # bytes of bf16 weights, from which the specification computes in fp32 to fit the memory
 _NAMES = ("output", "hidden_states", "top_k_weights", *LORA_NAMES)
 
 
@@ -36,30 +40,40 @@ class Run:
 
     backend: str
     shape_name: str
+    shape: MoEShape
     rows: list[contract.Measurement]
     problems: list[str]
     seconds: float
 
+    def as_json(self) -> dict[str, Any]:
+        """Everything, with the limits."""
+        limits = asdict(contract.EXPECTED[self.backend])
+        rows = [asdict(m) | {"error": m.error if math.isfinite(m.error) else None} for m in self.rows]
+        return {**vars(self), "shape": asdict(self.shape), "rows": rows, "limits": limits}
 
-def run(backend_name: str, shape_name: str, seed: int) -> Run:
+
+def run(backend_name: str, shape_name: str, shape: MoEShape, seed: int) -> Run:
     """Measures one backend on one shape, against this project's own tight limits."""
     start = time.perf_counter()
-    shape = SHAPES[shape_name]
     case = contract.draw_case(shape, TOKENS, seed)
     decided = plan(KTConfig(kt_backend=backend_name), shape)
     assert decided.backend == backend_name, decided.note
     backend = build(decided, case.weights, shape, case.lora.scaling)
-    rows = contract.measure(case, contract.answer(backend, case), contract.specification(case))
+    expected = contract.specification(case, torch.float32 if case.weights.nbytes() > _LARGE else torch.float64)
+    rows = contract.measure(case, contract.answer(backend, case), expected)
+    backend.close()
     problems = contract.violations(rows, contract.EXPECTED[backend_name])
-    return Run(backend_name, shape_name, rows, problems, time.perf_counter() - start)
+    return Run(backend_name, shape_name, shape, rows, problems, time.perf_counter() - start)
 
 
-def table(runs: list[Run]) -> Table:
+def table(runs: list[Run], variant: str) -> Table:
     """Errors in per cent: of the whole tensor, and of the worst expert."""
-    out = Table(title=f"Relative error against fp64, % (whole / worst expert); kernel: {kernel.variant()}")
+    s = runs[0].shape
+    sizes = f"E={s.num_experts}, H={s.hidden_size}, I={s.intermediate_size}, K={s.top_k}, r={s.rank}"
+    out = Table(title=f"{runs[0].shape_name} ({sizes}), kernel {variant}\nrelative error, % (whole / worst expert)")
     out.add_column("tensor")
     for r in runs:
-        out.add_column(f"{r.backend}\n{r.shape_name}", justify="right")
+        out.add_column(r.backend, justify="right")
     for name in _NAMES:
         cells = []
         for r in runs:
@@ -75,34 +89,38 @@ def table(runs: list[Run]) -> Table:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs all, prints the table, and returns 0 only if the kernel was measured and is within its limits."""
+    """Runs all, prints the tables, and returns 0 only if the kernel was measured and is within its limits."""
     parser = argparse.ArgumentParser(prog="ktmoe.verify.accuracy", description=__doc__)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--allow-unverified", action="store_true", help="succeed where no kernel can be measured")
+    parser.add_argument("--label", default="", help="what to call the kernel in tables, besides its variant")
+    results.add_arguments(parser)
+    results.add_model_arguments(parser)
     args = parser.parse_args(argv)
-    console = Console(width=None if sys.stdout.isatty() else 160)
+    console = results.console()
+    variant = f"{kernel.variant()} {args.label}".strip()
+    shapes = results.model_shapes(args) or SHAPES
     names = ("torch", *KERNEL_BACKENDS) if kernel.available() else ("torch",)
-    todo = [(b, s) for s in SHAPES for b in names]
-    runs = [
-        run(b, s, args.seed)
-        for b, s in track(todo, description="Measuring", console=console, disable=not console.is_terminal)
-    ]
-    for shape_name in SHAPES:
-        console.print(table([r for r in runs if r.shape_name == shape_name]))
-    for r in runs:
-        for problem in r.problems:
-            console.print(f"[red]{r.backend}, {r.shape_name}: {problem}[/]")
-    console.print(
-        f"seed {args.seed}, {TOKENS} mixed tokens and 2 per expert alone, {sum(r.seconds for r in runs):.0f} s"
-    )
-    if any(r.problems for r in runs):
-        console.print("[red]accuracy FAILED[/]")
-        return 1
-    if not kernel.available():
-        console.print(f"kernel NOT verified on this host: {kernel.variant()}")
-        return 0 if args.allow_unverified else 1
-    console.print(f"kernel verified: {kernel.variant()} ({', '.join(KERNEL_BACKENDS)})")
-    return 0
+    todo = [(b, name, shape) for name, shape in shapes.items() for b in names if takes(b, shape)]
+    steps = track(todo, "Accuracy", console=console, disable=not console.is_terminal)
+    runs = [run(*one, args.seed) for one in steps]
+    for shape_name in shapes:
+        console.print(table([r for r in runs if r.shape_name == shape_name], variant))
+    seconds = sum(r.seconds for r in runs)
+    console.print(f"seed {args.seed}, {TOKENS} mixed tokens and 2 per expert alone, {seconds:.0f} s")
+    problems = [f"{r.backend}, {r.shape_name}: {p}" for r in runs for p in r.problems]
+    data = {"variant": variant, "seed": args.seed, "tokens": TOKENS, "runs": [r.as_json() for r in runs]}
+    summary = f"accuracy: kernel verified: {variant} ({', '.join(KERNEL_BACKENDS)})"
+    return results.end(console, args, "accuracy", problems, data, summary)
+
+
+def takes(backend: str, shape: MoEShape) -> bool:
+    """Whether a backend can compute a layer of this shape."""
+    if backend in KERNEL_BACKENDS:
+        try:
+            kernel.check_shape(backend, shape)
+        except KTError:
+            return False
+    return True
 
 
 if __name__ == "__main__":

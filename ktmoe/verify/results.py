@@ -10,13 +10,41 @@ from typing import Any
 
 from rich.console import Console
 
+from ktmoe import contract
 from ktmoe.backends import KERNEL_BACKENDS, kernel
+from ktmoe.models import expert_shapes
+from ktmoe.types import KTError, MoEShape
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options that every section has."""
     parser.add_argument("--output", type=Path, metavar="DIR", help="where the results go, as DIR/<section>.json")
     parser.add_argument("--allow-unverified", action="store_true", help="succeed where no kernel can be measured")
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the sections that can take a model's own shapes."""
+    parser.add_argument("--model", help="a model whose layer shapes to use: a folder with config.json, or a hub name")
+    parser.add_argument("--rank", type=int, default=8, help="LoRA rank for --model (default: 8)")
+
+
+def model_shapes(args: argparse.Namespace) -> dict[str, MoEShape]:
+    """The shapes of `--model`, with just enough experts, by name; empty without it.
+
+    Raises:
+        KTError: a model that cannot be read or has no experts that ktmoe can compute.
+    """
+    if not args.model:
+        return {}
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(args.model)
+    except (OSError, ValueError) as error:
+        raise KTError(f"--model: {args.model!r} has no configuration that transformers can read: {error}") from error
+    found = [contract.reduced(shape) for shape in expert_shapes(config, args.rank)]
+    name = Path(args.model).name
+    return {name if i == 0 else f"{name} ({i + 1})": shape for i, shape in enumerate(found)}
 
 
 def console() -> Console:

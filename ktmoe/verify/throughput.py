@@ -1,0 +1,103 @@
+"""`python -m ktmoe.verify.throughput`: tokens per second of one layer's experts, forward and backward, by backend.
+
+The backends take turns, so that whatever else the machine does meets them alike. Speed is reported, never judged.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from typing import Any
+
+import torch
+from rich.progress import track
+from rich.table import Table
+
+from ktmoe import contract
+from ktmoe.backends import KERNEL_BACKENDS, build, kernel, plan
+from ktmoe.config import KTConfig
+from ktmoe.interface import Backend
+from ktmoe.types import MoEShape
+from ktmoe.validation import make_inputs
+from ktmoe.verify import accuracy, results
+
+
+def measure(shape: MoEShape, tokens: int, rounds: int, show: Any = iter) -> dict[str, dict[str, list[float]]]:
+    """Times every backend of this host that takes the shape.
+
+    Args:
+        shape: of the layer.
+        tokens: in one call.
+        rounds: timed calls of each backend, after one that is not.
+        show: wraps the rounds, for a progress bar.
+
+    Returns:
+        By backend: seconds of every `forward` (saving) and `backward`.
+    """
+    case = contract.draw_case(shape, max(tokens - 2 * (shape.num_experts - 1), 1), seed=0)
+    backends = {}
+    for name in ("torch", *(KERNEL_BACKENDS if kernel.available() else ())):
+        if accuracy.takes(name, shape):
+            decided = plan(KTConfig(kt_backend=name), shape)
+            backends[name] = build(decided, case.weights, shape, case.lora.scaling)
+    times: dict[str, dict[str, list[float]]] = {name: {"forward": [], "backward": []} for name in backends}
+    for i in show(range(rounds + 1)):
+        for name, backend in backends.items():
+            forward, backward = _once(backend, case)
+            if i:
+                times[name]["forward"].append(forward)
+                times[name]["backward"].append(backward)
+    for backend in backends.values():
+        backend.close()
+    return times
+
+
+def _once(backend: Backend, case: contract.Case) -> tuple[float, float]:
+    inputs = make_inputs(
+        case.hidden_states, case.top_k_index, case.top_k_weights, case.lora, case.shape, torch.bfloat16
+    )
+    start = time.perf_counter()
+    _, ticket = backend.forward(inputs, save=True)
+    middle = time.perf_counter()
+    backend.backward(ticket, inputs, case.grad_output)
+    return middle - start, time.perf_counter() - middle
+
+
+def table(shape_name: str, tokens: int, times: dict[str, dict[str, list[float]]]) -> Table:
+    """Medians, and their ratios."""
+    threads = torch.get_num_threads()
+    out = Table(title=f"{shape_name}: {tokens} tokens, {threads} torch threads, kernel {kernel.variant()}")
+    for column in ("backend", "forward, ms", "backward, ms", "backward / forward", "tokens/s, both"):
+        out.add_column(column, justify="left" if column == "backend" else "right")
+    for name, t in times.items():
+        f, b = statistics.median(t["forward"]), statistics.median(t["backward"])
+        out.add_row(name, f"{1e3 * f:.1f}", f"{1e3 * b:.1f}", f"{b / f:.2f}", f"{tokens / (f + b):,.0f}")
+    return out
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs all, prints a table per shape, and returns 0 only if the kernel was there."""
+    parser = argparse.ArgumentParser(prog="ktmoe.verify.throughput", description=__doc__)
+    parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--rounds", type=int, default=7)
+    results.add_arguments(parser)
+    results.add_model_arguments(parser)
+    args = parser.parse_args(argv)
+    console = results.console()
+    shapes = results.model_shapes(args) or {"DeepSeek-V2-Lite": accuracy.SHAPES["DeepSeek-V2-Lite"]}
+    runs = []
+    for name, shape in shapes.items():
+
+        def show(rounds: Any, name: str = name) -> Any:
+            return track(rounds, f"Throughput, {name}", console=console, disable=not console.is_terminal)
+
+        times = measure(shape, args.tokens, args.rounds, show)
+        console.print(table(name, args.tokens, times))
+        runs.append({"shape_name": name, "shape": vars(shape), "seconds": times})
+    data = {"variant": kernel.variant(), "tokens": args.tokens, "rounds": args.rounds, "runs": runs}
+    return results.end(console, args, "throughput", [], data, f"throughput measured on {', '.join(shapes)}")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
