@@ -23,6 +23,24 @@ nox.options.sessions = ["lint", "types", "tests"]
 ENV = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
 
 
+CPUINFO = Path("/proc/cpuinfo")
+AMX_LABEL = "(the AMX binary: native where the CPU has AMX, else emulated)"
+CONTRACT = [
+    f"tests/test_{name}.py"
+    for name in (
+        "contract",
+        "properties",
+        "autograd",
+        "kernel_traps",
+        "guards",
+        "mutants",
+        "gate",
+        "amx_emulation",
+        "verify",
+    )
+]
+
+
 def install_tested_set(session: nox.Session, *extra: str) -> None:
     """Installs the versions that ktmoe was tested with, then ktmoe itself, editable.
 
@@ -59,9 +77,73 @@ def tests(session: nox.Session) -> None:
 
 @nox.session
 def accuracy(session: nox.Session) -> None:
-    """Holds every backend of this host to the accuracy limits; arguments after `--` go to the command."""
-    install_tested_set(session)
+    """Contract, traps, mutants and the accuracy tables, of this CPU's kernel and of the AMX binary, emulated.
+
+    Arguments after `--` go to the tables' command; --allow-unverified succeeds where there is no kernel.
+    """
+    install_tested_set(session, "tests")
+    session.run("python", "-m", "pytest", "-m", "slow or not slow", *CONTRACT, env=ENV)
+    session.run("python", "-m", "ktmoe.verify.traps", *_allowance(session), env=ENV)
     session.run("python", "-m", "ktmoe.verify.accuracy", *session.posargs, env=ENV)
+    # No AMX and no way to emulate it (exit code 3) is said, and is no failure: the kernel of this CPU was measured.
+    amx = ("python", "-m", "amx_emulation", "python", "-m", "ktmoe.verify.accuracy", "--label", AMX_LABEL)
+    session.run(*amx, *session.posargs, env={**ENV, "PYTHONPATH": "tests"}, success_codes=[0, 3])
+
+
+@nox.session
+def soak(session: nox.Session) -> None:
+    """Trains for 3 minutes and holds memory, threads and outputs to be flat; `-- --hours N` for a night."""
+    install_tested_set(session)
+    session.run("python", "-m", "ktmoe.verify.soak", *session.posargs, env=ENV)
+
+
+@nox.session
+def perf(session: nox.Session) -> None:
+    """Times the backends with pytest-benchmark, each after a correctness check; arguments go to pytest."""
+    install_tested_set(session, "tests")
+    session.run("python", "-m", "pytest", "bench", *_without_allowance(session), env=ENV)
+    _needs_kernel(session)
+
+
+@nox.session
+def amx(session: nox.Session) -> None:
+    """Tests and tables on a CPU that has AMX; elsewhere it says that it did not run, and fails."""
+    if "amx_tile" not in CPUINFO.read_text().split() if CPUINFO.exists() else True:
+        _did_not_run(session, "AMX NOT verified on this host: the CPU has no AMX (nox -s accuracy emulates it)")
+    install_tested_set(session, "tests")
+    session.run("python", "-m", "pytest", *CONTRACT, env=ENV)
+    session.run("python", "-m", "ktmoe.verify.accuracy", env=ENV)
+
+
+@nox.session
+def gpu(session: nox.Session) -> None:
+    """The tests of models on a GPU; without one it says that it did not run, and fails."""
+    install_tested_set(session, "tests")
+    found = session.run("python", "-c", "import torch; print(torch.cuda.is_available())", silent=True)
+    if "True" not in str(found):
+        _did_not_run(session, "GPU NOT verified on this host: torch sees none")
+    session.run("python", "-m", "pytest", "-m", "gpu", env=ENV)
+
+
+def _did_not_run(session: nox.Session, why: str) -> None:
+    if "--allow-unverified" in session.posargs:
+        session.skip(why)
+    session.error(why)
+
+
+def _allowance(session: nox.Session) -> list[str]:
+    return [arg for arg in session.posargs if arg == "--allow-unverified"]
+
+
+def _without_allowance(session: nox.Session) -> list[str]:
+    return [arg for arg in session.posargs if arg != "--allow-unverified"]
+
+
+def _needs_kernel(session: nox.Session) -> None:
+    """The kernel is what a session is about: where there is none, its other results are no success."""
+    said = str(session.run("python", "-m", "ktmoe.backends", silent=True, env=ENV)).strip()
+    if said.startswith("no SFT kernel"):
+        _did_not_run(session, said.replace("no SFT kernel on this host", "kernel NOT verified on this host"))
 
 
 @nox.session

@@ -1,10 +1,11 @@
-"""The command line: `ktmoe train`."""
+"""The command line: `ktmoe train`, `ktmoe verify`."""
 
 from __future__ import annotations
 
 import subprocess
 from collections.abc import Callable
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Optional
 
 import typer
 
@@ -60,11 +61,38 @@ def train(ctx: typer.Context) -> None:
     """Train with stock LLaMA-Factory: its arguments (CONFIG.yaml key=value ..., or --key value ...) plus ktmoe's.
 
     use_kt: true runs the routed experts on the CPU: kt_backend, kt_num_threads, kt_tp_enabled, kt_num_gpu_experts,
-    kt_weight_path, kt_max_len, kt_share_backward, kt_fallback. Without use_kt, LLaMA-Factory runs as it is.
+    kt_weight_path, kt_max_len, kt_share_backward, kt_verify, kt_fallback. Without use_kt, LLaMA-Factory runs as it is.
     """
     from ktmoe.llamafactory import main as train_main
 
     run(lambda: train_main(ctx.args))
+
+
+@app.command()
+def verify(
+    model: Annotated[
+        Optional[str],  # noqa: UP045  (read by typer at run time on Python 3.10)
+        typer.Argument(help="Use this model's layer shapes: a folder with config.json, or a hub name."),
+    ] = None,
+    output: Annotated[Path, typer.Option(help="Folder for report.html and report.json.")] = Path("ktmoe-verify"),
+    rank: Annotated[int, typer.Option(help="LoRA rank for MODEL's shapes.")] = 8,
+    seed: Annotated[int, typer.Option(help="Seed of everything that is drawn.")] = 0,
+    soak_minutes: Annotated[float, typer.Option(help="How long the soak run takes.")] = 1.0,
+    allow_unverified: Annotated[bool, typer.Option(help="Succeed where there is no kernel to verify.")] = False,
+) -> None:
+    """Check the kernel on this machine: accuracy against fp64, its traps, memory over time, throughput.
+
+    Weights are drawn, not read: those of a model are checked whenever they are loaded. Of MODEL, only config.json is
+    needed.
+    """
+    from ktmoe.verify import report, results
+
+    def command() -> None:
+        if model:
+            results.shapes_of(model, rank)  # a mistake shows before minutes of work
+        raise SystemExit(report.verify(output, model, rank, seed, soak_minutes, allow_unverified, results.console()))
+
+    run(command)
 
 
 def main() -> None:

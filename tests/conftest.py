@@ -53,6 +53,8 @@ def pytest_runtest_setup(item):
         item.user_properties.append(_KERNEL)
         if not kernel_backend.available():
             pytest.skip(f"kernel NOT verified on this host: {kernel_backend.variant()}")
+    if item.get_closest_marker("gpu") is not None and not torch.cuda.is_available():
+        pytest.skip("GPU NOT verified on this host: torch sees none")
 
 
 @pytest.fixture(scope="session")

@@ -29,21 +29,27 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def model_shapes(args: argparse.Namespace) -> dict[str, MoEShape]:
-    """The shapes of `--model`, with just enough experts, by name; empty without it.
+    """The shapes of `--model`, by name; empty without it. Ends the program if it cannot be read."""
+    try:
+        return shapes_of(args.model, args.rank) if args.model else {}
+    except KTError as error:
+        raise SystemExit(f"ktmoe: {error}") from None
+
+
+def shapes_of(model: str, rank: int) -> dict[str, MoEShape]:
+    """The shapes of a model's MoE layers, with just enough experts, by name.
 
     Raises:
         KTError: a model that cannot be read or has no experts that ktmoe can compute.
     """
-    if not args.model:
-        return {}
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(args.model)
+        config = AutoConfig.from_pretrained(model)
     except (OSError, ValueError) as error:
-        raise KTError(f"--model: {args.model!r} has no configuration that transformers can read: {error}") from error
-    found = [contract.reduced(shape) for shape in expert_shapes(config, args.rank)]
-    name = Path(args.model).name
+        raise KTError(f"MODEL: {model!r} has no configuration that transformers can read: {error}") from error
+    found = [contract.reduced(shape) for shape in expert_shapes(config, rank)]
+    name = Path(model).name
     return {name if i == 0 else f"{name} ({i + 1})": shape for i, shape in enumerate(found)}
 
 

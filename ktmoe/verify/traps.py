@@ -34,8 +34,10 @@ def run(name: str) -> Iterator[tuple[int, list[str]]]:
     todo = sorted(TRAPS)
     while todo:
         command = [sys.executable, "-m", "ktmoe.verify.traps", "--child", name, *map(str, todo)]
-        with tempfile.TemporaryFile("w+") as stderr:
-            child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True)
+        with (
+            tempfile.TemporaryFile("w+") as stderr,
+            subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True) as child,
+        ):
             for line in _lines(child):
                 yield todo.pop(0), json.loads(line)
             if todo:  # it ended in the middle of a probe

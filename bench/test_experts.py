@@ -1,0 +1,57 @@
+"""Time of one layer's experts, forward and forward with backward, for every backend; only after it is right.
+
+    python -m nox -s perf -- --benchmark-json=perf.json
+
+Compare backends within one run only, on an idle machine. A time never fails a run.
+"""
+
+import pytest
+import torch
+
+from ktmoe import contract
+from ktmoe.backends import KERNEL_BACKENDS, build, kernel, plan
+from ktmoe.config import KTConfig
+from ktmoe.types import MoEShape
+from ktmoe.validation import make_inputs
+
+
+SHAPES = {
+    "V2-Lite, E=12": MoEShape(num_experts=12, hidden_size=2048, intermediate_size=1408, top_k=6, rank=8),
+    "Qwen3-30B-A3B, E=16": MoEShape(num_experts=16, hidden_size=2048, intermediate_size=768, top_k=8, rank=8),
+}
+TOKENS = 256
+
+
+@pytest.fixture(params=["torch", *KERNEL_BACKENDS])
+def layer(request, shape):
+    """A backend that has just been held to the contract, and a call for it."""
+    name = request.param
+    if name in KERNEL_BACKENDS and not kernel.available():
+        pytest.skip(f"kernel NOT verified on this host: {kernel.variant()}")
+    case = contract.draw_case(SHAPES[shape], TOKENS, seed=0)
+    backend = build(plan(KTConfig(kt_backend=name), case.shape), case.weights, case.shape, case.lora.scaling)
+    assert contract.judge(backend, case, contract.EXPECTED[name]) == []
+    inputs = make_inputs(
+        case.hidden_states, case.top_k_index, case.top_k_weights, case.lora, case.shape, torch.bfloat16
+    )
+    yield backend, inputs, case.grad_output
+    backend.close()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_forward(benchmark, layer):
+    backend, inputs, _ = layer
+    benchmark.extra_info["tokens"] = len(inputs.hidden_states)
+    benchmark.pedantic(lambda: backend.forward(inputs, save=False), rounds=10, warmup_rounds=2)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_forward_and_backward(benchmark, layer):
+    backend, inputs, grad_output = layer
+    benchmark.extra_info["tokens"] = len(inputs.hidden_states)
+
+    def step():
+        _, ticket = backend.forward(inputs, save=True)
+        backend.backward(ticket, inputs, grad_output)
+
+    benchmark.pedantic(step, rounds=10, warmup_rounds=2)

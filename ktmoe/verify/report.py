@@ -1,0 +1,125 @@
+"""`ktmoe verify`: all sections in turn, each in a process of its own, then one table, one page and one file.
+
+A section that a signal kills has failed; the others go on.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from rich.console import Console
+from rich.table import Table
+
+import ktmoe
+from ktmoe.types import KTError
+from ktmoe.verify import environment, plots
+
+
+_COLOURS = {"pass": "green", "fail": "red", "not verified": "yellow"}
+
+
+def verify(
+    output: Path,
+    model: str | None,
+    rank: int,
+    seed: int,
+    soak_minutes: float,
+    allow_unverified: bool,
+    console: Console,
+) -> int:
+    """Runs everything and writes `report.html` and `report.json`.
+
+    Args:
+        output: the folder for them, made if it is not there.
+        model: whose layer shapes to use, a folder or a hub name; None for those of released models.
+        rank: LoRA rank for the model's shapes.
+        seed: of everything that is drawn.
+        soak_minutes: how long the soak run takes.
+        allow_unverified: whether a host without a kernel is a success.
+        console: where the tables go.
+
+    Returns:
+        The exit code: 0 if every section passed.
+    """
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise KTError(f"--output: {output} cannot be made: {error}") from error
+    shapes = ["--model", model, "--rank", str(rank)] if model else []
+    sections = {
+        "accuracy": ["--seed", str(seed), *shapes],
+        "traps": [],
+        "soak": ["--minutes", str(soak_minutes), "--seed", str(seed)],
+        "throughput": shapes,
+    }
+    host = environment.describe()
+    console.print(_table("Environment", ("", ""), host.items()))
+    found = [_run(name, options, output, console) for name, options in sections.items()]
+    verdict = overall(found)
+    console.print(_table("Verdict", ("section", "verdict", ""), [_row(s) for s in found]))
+    result = {
+        "ktmoe": ktmoe.__version__,
+        "written": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "model": model,
+        "verdict": verdict,
+        "environment": host,
+        "sections": {s["section"]: s for s in found},
+    }
+    (output / "report.json").write_text(json.dumps(result, indent=1) + "\n")
+    (output / "report.html").write_text(page(result), encoding="utf-8")
+    words = {
+        "pass": f"kernel verified on this host: {host['kernel']}",
+        "not verified": f"kernel NOT verified on this host: {host['kernel'].removeprefix('none: ')}",
+        "fail": "verification FAILED",
+    }
+    console.print(f"[bold {_COLOURS[verdict]}]{words[verdict]}[/]", highlight=False)
+    console.print(f"report: {output / 'report.html'}, {output / 'report.json'}", highlight=False)
+    return int(verdict == "fail" or (verdict == "not verified" and not allow_unverified))
+
+
+def overall(sections: Sequence[dict[str, Any]]) -> str:
+    """The worst of the sections' verdicts."""
+    verdicts = {s["verdict"] for s in sections}
+    return next(v for v in ("fail", "not verified", "pass") if v in verdicts)
+
+
+def page(result: dict[str, Any]) -> str:
+    """The report as one HTML page that needs nothing else: plots are inline SVG."""
+    here = jinja2.FileSystemLoader(Path(__file__).parent)
+    template = jinja2.Environment(loader=here, autoescape=True, undefined=jinja2.StrictUndefined)
+    return template.get_template("report.html.jinja").render(**result, plots=plots.draw(result["sections"]))
+
+
+def _run(name: str, options: list[str], output: Path, console: Console) -> dict[str, Any]:
+    """One section; it writes `output/<name>.json`, or did not live to."""
+    file = output / f"{name}.json"
+    file.unlink(missing_ok=True)
+    console.rule(name)
+    command = [sys.executable, "-m", f"ktmoe.verify.{name}", "--output", str(output), "--allow-unverified", *options]
+    code = subprocess.run(command).returncode
+    if file.exists():
+        return json.loads(file.read_text())
+    how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+    summary = f"{name}: its process {how} before it was done"
+    console.print(f"[red]{summary}[/]")
+    return {"section": name, "verdict": "fail", "summary": summary, "problems": [summary], "data": {}}
+
+
+def _row(section: dict[str, Any]) -> tuple[str, str, str]:
+    verdict = section["verdict"]
+    return section["section"], f"[{_COLOURS[verdict]}]{verdict}[/]", section["summary"]
+
+
+def _table(title: str, columns: Sequence[str], rows: Any) -> Table:
+    table = Table(*columns, title=title, show_header=any(columns))
+    for row in rows:
+        table.add_row(*row)
+    return table

@@ -1,0 +1,150 @@
+"""`ktmoe verify` and its sections: how they end, what they write, and that nothing failed looks green."""
+
+import json
+import signal
+import subprocess
+import sys
+from html.parser import HTMLParser
+
+import pytest
+from test_devices import CONFIG
+
+from ktmoe import KTError
+from ktmoe.backends import KERNEL_BACKENDS, kernel
+from ktmoe.types import MoEShape
+from ktmoe.verify import accuracy, environment, plots, report, results, throughput, traps
+
+
+@pytest.fixture
+def model(tmp_path):
+    CONFIG.save_pretrained(tmp_path / "small-moe")
+    return str(tmp_path / "small-moe")
+
+
+def test_the_shapes_of_a_model(model, tmp_path):
+    assert results.shapes_of(model, 3) == {"small-moe": MoEShape(4, 64, 64, 2, 3)}
+    with pytest.raises(KTError, match=r"MODEL: .*nowhere"):
+        results.shapes_of(str(tmp_path / "nowhere"), 8)
+    with pytest.raises(SystemExit, match="nowhere"):
+        accuracy.main(["--model", str(tmp_path / "nowhere")])
+
+
+@pytest.mark.parametrize("allowed", [False, True])
+def test_without_a_kernel_nothing_looks_verified(model, tmp_path, monkeypatch, capsys, allowed):
+    monkeypatch.setattr(kernel, "available", lambda: False)
+    monkeypatch.setattr(kernel, "variant", lambda: "no such CPU")
+    options = ["--output", str(tmp_path), *(["--allow-unverified"] if allowed else [])]
+    for section, more in ((accuracy, ["--model", model]), (traps, []), (throughput, ["--model", model])):
+        assert section.main([*options, *more]) == (0 if allowed else 1)
+        assert "kernel NOT verified on this host: no such CPU" in capsys.readouterr().out
+    for name in ("accuracy", "traps", "throughput"):
+        assert json.loads((tmp_path / f"{name}.json").read_text())["verdict"] == "not verified"
+
+
+def test_an_error_beyond_its_limit_fails_the_section(model, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(accuracy.contract.EXPECTED, "torch", accuracy.contract.Limits(1e-9, 1e-9, 1e-9))
+    assert accuracy.main(["--model", model, "--output", str(tmp_path), "--allow-unverified"]) == 1
+    assert "accuracy FAILED" in capsys.readouterr().out
+    assert json.loads((tmp_path / "accuracy.json").read_text())["problems"]
+
+
+@pytest.mark.parametrize(
+    ("end", "expected"),
+    [("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", "SIGSEGV"), ("raise SystemExit(7)", "exit code 7")],
+)
+def test_a_section_that_dies_has_failed(tmp_path, monkeypatch, end, expected):
+    real = subprocess.run
+    monkeypatch.setattr(report.subprocess, "run", lambda command: real([sys.executable, "-c", end]))
+    (tmp_path / "accuracy.json").write_text(
+        '{"verdict": "pass"}'
+    )  # of an earlier run: must not be taken for this one's
+    found = report._run("accuracy", [], tmp_path, results.console())
+    assert found["verdict"] == "fail"
+    assert expected in found["summary"]
+    assert report.overall([found, {"verdict": "pass"}, {"verdict": "not verified"}]) == "fail"
+
+
+@pytest.mark.kernel
+def test_a_probe_that_a_signal_kills_ends_nothing_else(monkeypatch, tmp_path):
+    """The child dies in its second probe and hangs in its third; the rest still runs."""
+    plant = tmp_path / "sitecustomize.py"
+    plant.write_text(
+        "import os, time\n"
+        "from ktmoe.verify import probes\n"
+        f"def die(name): os.kill(os.getpid(), {int(signal.SIGSEGV)})\n"
+        "def hang(name): time.sleep(600)\n"
+        "for number, probe in ((2, die), (19, hang)):\n"
+        "    object.__setattr__(probes.TRAPS[number], 'probe', probe)\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=":")
+    monkeypatch.setattr(traps, "TRAPS", {n: traps.TRAPS[n] for n in (2, 4, 19, 24)})
+    monkeypatch.setattr(traps, "_TIMEOUT", 12)
+    found = dict(traps.run("AMXBF16"))
+    assert found[4] == found[24] == []
+    assert "killed by signal 11" in found[2][0]
+    assert "killed by signal 9" in found[19][0]
+
+
+class Page(HTMLParser):
+    """Collects what a page would load from elsewhere, and the tags that are not closed."""
+
+    def __init__(self):
+        super().__init__()
+        self.outside, self.open, self.seen = [], [], set()
+
+    def handle_starttag(self, tag, attrs):
+        self.seen.add(tag)
+        if tag not in ("meta", "link", "br", "img"):
+            self.open.append(tag)
+        self.outside += [v for k, v in attrs if k in ("src", "href", "xlink:href") and v and not v.startswith("#")]
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def check_page(text):
+    page = Page()
+    page.feed(text)
+    assert page.open == []
+    assert page.outside == []
+    assert {"svg", "table", "h2"} <= page.seen
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_whole_command(model, tmp_path):
+    """The real thing, as a user calls it."""
+    command = [sys.executable, "-m", "ktmoe.cli", "verify", model, "--output", str(tmp_path / "out")]
+    done = subprocess.run([*command, "--soak-minutes", "0.4"], capture_output=True, text=True)
+    assert done.returncode == (0 if kernel.available() else 1), done.stdout + done.stderr
+    result = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert result["verdict"] == ("pass" if kernel.available() else "not verified")
+    assert list(result["sections"]) == ["accuracy", "traps", "soak", "throughput"]
+    runs = result["sections"]["accuracy"]["data"]["runs"]
+    assert {r["backend"] for r in runs} == {"torch", *(KERNEL_BACKENDS if kernel.available() else ())}
+    check_page((tmp_path / "out" / "report.html").read_text())
+    assert ("kernel verified on this host" in done.stdout) == kernel.available()
+
+
+def test_mistakes_on_the_command_line(tmp_path, model):
+    def run(*args):
+        command = [sys.executable, "-m", "ktmoe.cli", "verify", *args]
+        return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+    done = run(str(tmp_path / "nowhere"))
+    assert done.returncode == 2
+    assert done.stderr.startswith("ktmoe: MODEL: ")
+    (tmp_path / "file").write_text("")
+    done = run(model, "--output", str(tmp_path / "file"))
+    assert (done.returncode, "--output" in done.stderr) == (2, True), done.stderr
+
+
+def test_the_environment_names_versions_and_no_names():
+    found = environment.describe()
+    assert found["torch"] != "not installed"
+    assert found["kernel"]
+    assert not any(word in " ".join(found.values()) for word in (environment.platform.node(),))
+
+
+def test_plots_of_sections_that_failed_early_are_left_out():
+    assert plots.draw({name: {"data": {}} for name in ("accuracy", "soak", "throughput")}) == {}
