@@ -154,15 +154,15 @@ def test_the_load_probe_finds_a_swapped_and_a_misread_expert(name, dtype):
     """The kernel was given other weights than the source holds: its own numbers are consistent, and wrong."""
     backend, case = loaded(name, SMALL)
     limits = contract.HARD[name]
-    assert gate.probe_problems(backend, case.weights, limits, dtype) == []
+    assert gate.probe_problems(backend, case.weights, limits, dtype, True) == []
     swapped = case.weights.up_proj[torch.tensor([0, 2, 1, 3])]
-    found = gate.probe_problems(backend, dataclasses.replace(case.weights, up_proj=swapped), limits, dtype)
+    found = gate.probe_problems(backend, dataclasses.replace(case.weights, up_proj=swapped), limits, dtype, True)
     assert {f.split(":")[0] for f in found} == {
         f"{n} of expert {e}" for n in ("output", "input gradient") for e in (1, 2)
     }
     torn = case.weights.down_proj.clone()
     torn[3, 40:] = 0
-    found = gate.probe_problems(backend, dataclasses.replace(case.weights, down_proj=torn), limits, dtype)
+    found = gate.probe_problems(backend, dataclasses.replace(case.weights, down_proj=torn), limits, dtype, False)
     assert {f.split(":")[0] for f in found} >= {"output of expert 3"}
 
 
@@ -200,3 +200,20 @@ def test_a_failed_kernel_is_one_message_on_the_command_line(capsys):
         run(command)
     assert end.value.code == 2
     assert capsys.readouterr().err == "ktmoe: kt_backend: AMXBF16 failed the contract gate\n"
+
+
+@every_kernel
+@pytest.mark.parametrize("share", ["on", "off"])
+def test_the_input_gradient_is_probed_wherever_backward_weights_are_kept(name, cache, monkeypatch, share):
+    """With one shared buffer they are made anew for every backward: the first layer tells it all, new or reloaded."""
+    monkeypatch.setattr(gate, "_run_gate", lambda *args: [])
+    monkeypatch.setattr(gate, "_gradients_probed", set())
+    ran, real = [], gate.probe_problems
+    monkeypatch.setattr(gate, "probe_problems", lambda *args: ran.append(args[4]) or real(*args))
+    config = KTConfig(kt_backend=name, kt_max_len=224, kt_share_backward=share)  # sizes that nothing else here has
+    layers = [MoEExperts(weights(), top_k=2, r=3, config=config) for _ in range(3)]
+    layers[0].close()
+    layers.append(MoEExperts(weights(), top_k=2, r=3, config=config))
+    reloaded = layers[3].load(3).reloaded
+    assert reloaded == (share == "on" or name == "AMXBF16")
+    assert ran == ([True, False, False, True] if share == "on" else [True] * 4)

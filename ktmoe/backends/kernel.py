@@ -85,6 +85,9 @@ class KernelBackend(Backend):
     The kernel keeps the activations of exactly one saving forward (K8: its cache is one deep whatever its name says),
     so a ticket numbers the content of that cache, and a backward whose ticket is not there any more runs its forward
     again.
+
+    Attributes:
+        reloaded: whether the weights are in the kernel object of a layer that is gone.
     """
 
     compute_dtype = torch.bfloat16
@@ -148,6 +151,7 @@ class KernelBackend(Backend):
             self._host.run(packed.moe.load_weights_task())
             if used is not None and share_backward:
                 self._take_backward_buffer_over()
+        self.reloaded = used is not None
         return packed
 
     def _create(self, share_backward: bool, pointers: dict[str, int]) -> _Packed:
