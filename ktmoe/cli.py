@@ -78,7 +78,9 @@ def verify(
     rank: Annotated[int, typer.Option(help="LoRA rank for MODEL's shapes.")] = 8,
     seed: Annotated[int, typer.Option(help="Seed of everything that is drawn.")] = 0,
     soak_minutes: Annotated[float, typer.Option(help="How long the soak run takes.")] = 1.0,
-    allow_unverified: Annotated[bool, typer.Option(help="Succeed where there is no kernel to verify.")] = False,
+    allow_unverified: Annotated[
+        bool, typer.Option("--allow-unverified", help="Succeed where there is no kernel to verify.")
+    ] = False,
 ) -> None:
     """Check the kernel on this machine: accuracy against fp64, its traps, memory over time, throughput.
 

@@ -50,6 +50,7 @@ def _accuracy(data: dict[str, Any]) -> Any:
             axis.plot(*zip(*points, strict=True), ".", markersize=4, label=tensor)
         for key, style in (("forward", "--"), ("backward", ":")):
             axis.axhline(100 * run["limits"][key], color="black", lw=0.8, ls=style, label=f"limit {key}")
+        axis.xaxis.get_major_locator().set_params(integer=True)
         axis.set(title=f"{run['backend']}, {run['shape_name']}", xlabel="expert", ylabel="error, %", ylim=(0, None))
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=7, frameon=False)
@@ -57,14 +58,14 @@ def _accuracy(data: dict[str, Any]) -> Any:
 
 
 def _soak(data: dict[str, Any]) -> Any:
-    """Resident and unique memory over time."""
+    """Resident and private memory over time."""
     from matplotlib import pyplot
 
     runs = data["runs"]
     figure, axes = pyplot.subplots(1, len(runs), figsize=(4.8 * len(runs), 2.8), squeeze=False, layout="constrained")
     for axis, run in zip(axes[0], runs, strict=True):
-        for key in ("rss", "uss"):
-            axis.plot(run["samples"]["seconds"], [b / 2**20 for b in run["samples"][key]], label=key.upper(), lw=1)
+        for key in ("rss", "private"):
+            axis.plot(run["samples"]["seconds"], [b / 2**20 for b in run["samples"][key]], label=key, lw=1)
         axis.set(title=run["backend"], xlabel="seconds", ylabel="MiB", ylim=(0, None))
         axis.legend(frameon=False)
     return figure
