@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from ktmoe.interface import Backend
 from ktmoe.types import Inputs, Lora, MoEShape
-from ktmoe.validation import check_unchanged, make_inputs
+from ktmoe.validation import check_unchanged, make_inputs, own_settings
 
 
 @torch.compiler.disable
@@ -45,16 +45,14 @@ class _RunExperts(torch.autograd.Function):
         ctx: Any, backend: Backend, save: bool, scaling: float, hidden_states: Tensor, index: Tensor, weights: Tensor,
         *lora: Tensor,
     ) -> Tensor:  # fmt: skip
-        inputs = _inputs(backend, hidden_states, index, weights, lora, scaling)
-        with torch.autocast(
-            "cpu", enabled=False
-        ):  # a backend computes in its own dtype whatever the caller's autocast
+        with own_settings():
+            inputs = _inputs(backend, hidden_states, index, weights, lora, scaling)
             out, ticket = backend.forward(inputs, save=save)
         if save:
             ctx.backend, ctx.scaling = backend, scaling
             # The ticket is a tensor and saved like one, so that checkpointing's recompute replaces it with its own.
             # The user's own tensors are saved, not the backend's casts: autograd then notices a change in place.
-            ctx.save_for_backward(hidden_states, index, weights, torch.tensor(ticket), *lora)
+            ctx.save_for_backward(hidden_states, index, weights, torch.tensor(ticket, device="cpu"), *lora)
         return out.to(hidden_states.device, hidden_states.dtype)
 
     @staticmethod
@@ -62,9 +60,9 @@ class _RunExperts(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> Any:
         hidden_states, index, weights, ticket, *lora = ctx.saved_tensors
         check_unchanged(grad_output, hidden_states, index, weights, ctx.backend.shape)
-        inputs = _inputs(ctx.backend, hidden_states, index, weights, tuple(lora), ctx.scaling)
-        grad = grad_output.to("cpu", inputs.hidden_states.dtype).contiguous()
-        with torch.autocast("cpu", enabled=False):
+        with own_settings():
+            inputs = _inputs(ctx.backend, hidden_states, index, weights, tuple(lora), ctx.scaling)
+            grad = grad_output.to("cpu", inputs.hidden_states.dtype).resolve_neg().contiguous()
             grads = ctx.backend.backward(int(ticket), inputs, grad)
         found = [g.to(t.dtype) for g, t in zip(grads.lora or [], lora, strict=True)]
         grad_x = grads.hidden_states.to(hidden_states.device, hidden_states.dtype)

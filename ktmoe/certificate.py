@@ -71,17 +71,21 @@ def _canonical(content: dict[str, Any]) -> bytes:
 
 def _signature(content: dict[str, Any]) -> str:
     """Against slips, not against attackers: an edited file, or one of another machine, does not carry it."""
-    return hmac.new(_host().encode(), _canonical(content), hashlib.sha256).hexdigest()
+    return hmac.new(_machine(), _canonical(content), hashlib.sha256).hexdigest()
+
+
+def _host() -> str:
+    """This machine, or this container. Home directories are shared between the nodes of a cluster; CPUs are not."""
+    return hashlib.sha256(_machine()).hexdigest()[:16]
 
 
 @functools.cache
-def _host() -> str:
-    """This machine, or this container. Home directories are shared between the nodes of a cluster; CPUs are not."""
+def _machine() -> bytes:
     try:
         machine = Path("/etc/machine-id").read_text().strip()
     except OSError:
         machine = ""
-    return hashlib.sha256(f"{machine} {platform.node()}".encode()).hexdigest()[:16]
+    return f"{machine} {platform.node()}".encode()
 
 
 @functools.cache

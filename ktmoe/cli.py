@@ -75,14 +75,14 @@ def verify(
         typer.Argument(help="Use this model's layer shapes: a folder with config.json, or a hub name."),
     ] = None,
     output: Annotated[Path, typer.Option(help="Folder for report.html and report.json.")] = Path("ktmoe-verify"),
-    rank: Annotated[int, typer.Option(help="LoRA rank for MODEL's shapes.")] = 8,
-    seed: Annotated[int, typer.Option(help="Seed of everything that is drawn.")] = 0,
-    soak_minutes: Annotated[float, typer.Option(help="How long the soak run takes.")] = 1.0,
+    rank: Annotated[int, typer.Option(min=1, help="LoRA rank for MODEL's shapes.")] = 8,
+    seed: Annotated[int, typer.Option(help="Seed of the accuracy cases and of the soak run.")] = 0,
+    soak_minutes: Annotated[float, typer.Option(min=0.1, help="How long the soak run takes.")] = 1.0,
     allow_unverified: Annotated[
         bool, typer.Option("--allow-unverified", help="Succeed where there is no kernel to verify.")
     ] = False,
 ) -> None:
-    """Check the kernel on this machine: accuracy against fp64, its traps, memory over time, throughput.
+    """Check the kernel on this machine: accuracy against the specification, traps, memory over time, throughput.
 
     Weights are drawn, not read: those of a model are checked whenever they are loaded. Of MODEL, only config.json is
     needed.

@@ -79,10 +79,10 @@ class KTConfig:
             ("kt_fallback", FALLBACK),
         ):
             object.__setattr__(self, name, _choice(name, getattr(self, name), choices))
-        for name in ("kt_num_threads", "kt_max_len"):
+        for name, most in (("kt_num_threads", 1024), ("kt_max_len", 2**20)):
             value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise KTError(f"{name}: got {value!r}; expected a whole number of at least 1, or nothing.")
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= most):
+                raise KTError(f"{name}: got {value!r}; expected a whole number from 1 to {most}, or nothing.")
         if not isinstance(self.kt_tp_enabled, bool):
             raise KTError(f"kt_tp_enabled: got {self.kt_tp_enabled!r}; expected true or false.")
         if isinstance(self.kt_num_gpu_experts, bool) or self.kt_num_gpu_experts != 0:

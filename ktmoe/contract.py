@@ -201,6 +201,9 @@ def violations(
 def judge(backend: Backend, case: Case, limits: Limits) -> list[str]:
     """The gate's decision on one case: limits, and for BF16 the ratio to a torch computation in the same precision.
 
+    Then once more with so few tokens that the kernel multiplies row by row instead of in blocks: its own choice for up
+    to 4 E / K tokens. Few numbers scatter, so the limits alone hold there, not the projection.
+
     The reference computes in fp32 here: its own error is a thousand times below any limit, and a user waits for it.
 
     Returns:
@@ -208,7 +211,17 @@ def judge(backend: Backend, case: Case, limits: Limits) -> list[str]:
     """
     expected = specification(case, torch.float32)
     rows = measure(case, answer(backend, case), expected)
-    return violations(rows, limits, baseline(backend.name, case, expected))
+    found = violations(rows, limits, baseline(backend.name, case, expected))
+    few = first_rows(case, max(1, 4 * case.shape.num_experts // case.shape.top_k))
+    rows = measure(few, answer(backend, few), specification(few, torch.float32))
+    loose = replace(limits, projection=float("inf"))
+    return found + [f"{p} ({len(few.hidden_states)} tokens)" for p in violations(rows, loose)]
+
+
+def first_rows(case: Case, tokens: int) -> Case:
+    """The same layer, called with the first tokens alone."""
+    names = ("hidden_states", "top_k_index", "top_k_weights", "grad_output")
+    return replace(case, **{name: getattr(case, name)[:tokens].clone() for name in names})
 
 
 def baseline(name: str, case: Case, expected: tuple[Tensor, Gradients]) -> list[Measurement] | None:
@@ -219,7 +232,7 @@ def baseline(name: str, case: Case, expected: tuple[Tensor, Gradients]) -> list[
 
 
 def reduced(shape: MoEShape) -> MoEShape:
-    """The same layer with just enough experts for one to be idle: sizes decide the code path, E does not."""
+    """The same layer with just enough experts for one to be idle: what an expert computes does not depend on E."""
     return replace(shape, num_experts=min(shape.num_experts, max(shape.top_k + 2, 4)))
 
 

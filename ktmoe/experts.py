@@ -13,8 +13,8 @@ from ktmoe.backends import Plan, build, plan
 from ktmoe.config import KTConfig
 from ktmoe.gate import ensure_verified, probe
 from ktmoe.interface import Backend
-from ktmoe.types import ExpertWeights, KTError, Lora, MoEShape
-from ktmoe.validation import check_call, check_lora
+from ktmoe.types import PROJECTIONS, ExpertWeights, KTError, Lora, MoEShape
+from ktmoe.validation import check_call, check_lora, own_settings
 
 
 _RANK_TO_COME = 16  # what a kernel is built for when it runs before anybody has named a rank
@@ -58,7 +58,7 @@ class MoEExperts(nn.Module):
         self.original: tuple[nn.Module, ...] = ()  # what it stands for in a model; no submodule
         self.plan: Plan = plan(self.config, self.shape(max(r, 1)))
         # Read by peft for the device to put an adapter on, and by code that asks an experts module for its dtype.
-        self.weight = torch.empty(0, dtype=weights.dtype)
+        self.weight = torch.empty(0, dtype=weights.dtype, device="cpu")
         if r:
             self.lora_A = nn.ParameterDict()
             self.lora_B = nn.ParameterDict()
@@ -105,12 +105,13 @@ class MoEExperts(nn.Module):
         outgrown = self._backend is not None and self._backend.shape.rank < rank
         if self._backend is None or (outgrown and not self.plan.is_kernel):  # the others have nothing built for a rank
             shape = self.shape(rank)
-            if self.weights.gate_proj[0].is_meta:
+            if any(getattr(self.weights, p)[0].is_meta for p in PROJECTIONS):
                 raise KTError("weights: on the meta device, so there are none. Give ExpertWeights tensors with data.")
-            self.plan = ensure_verified(plan(self.config, shape), shape, self.config)
-            backend = build(self.plan, self.weights, shape, scaling)
-            if self.plan.is_kernel:
-                backend, self.plan = probe(backend, self.plan, self.weights, self.config)
+            with own_settings():
+                self.plan = ensure_verified(plan(self.config, shape), shape, self.config)
+                backend = build(self.plan, self.weights, shape, scaling)
+                if self.plan.is_kernel:
+                    backend, self.plan = probe(backend, self.plan, self.weights, self.config)
             self._backend = backend
         elif outgrown:
             raise KTError(
@@ -142,7 +143,7 @@ class MoEExperts(nn.Module):
         return run_experts(backend, hidden_states, top_k_index, top_k_weights, lora)
 
     def close(self) -> None:
-        """Releases the backend. The kernel's packed buffers go to the next layer of the same sizes (trap K22)."""
+        """Releases the backend. The kernel's packed buffers go to the next layer that is built alike (trap K22)."""
         if self._backend is not None:
             self._backend.close()
             self._backend = None
@@ -170,8 +171,9 @@ def stay_fp32_on_cpu(fn: Any) -> Any:
 
 def checked_scaling(lora_alpha: Any, divisor: float) -> float:
     """alpha / r (or sqrt(r)). Raises KTError for an alpha that is no number above zero."""
-    if isinstance(lora_alpha, bool) or not isinstance(lora_alpha, (int, float)) or not 0 < lora_alpha < math.inf:
-        raise KTError(f"lora_alpha: got {lora_alpha!r}; expected a number above 0.")
+    largest = torch.finfo(torch.float32).max
+    if isinstance(lora_alpha, bool) or not isinstance(lora_alpha, (int, float)) or not 0 < lora_alpha <= largest:
+        raise KTError(f"lora_alpha: got {lora_alpha!r}; expected a number above 0, within float32.")
     return lora_alpha / divisor
 
 
@@ -185,7 +187,8 @@ def init_lora(shape: tuple[int, int, int], side: str) -> Tensor:
     Returns:
         fp32.
     """
-    tensor = torch.zeros(shape)
+    with own_settings():
+        tensor = torch.zeros(shape, dtype=torch.float32)
     if side == "lora_A":
         bound = 1 / math.sqrt(shape[2])  # kaiming_uniform with a = sqrt(5), nn.Linear's default
         tensor.uniform_(-bound, bound)

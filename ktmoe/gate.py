@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -22,7 +23,7 @@ from ktmoe.backends import Plan, build, kernel, say_once
 from ktmoe.backends.torch import TorchBackend
 from ktmoe.config import KTConfig
 from ktmoe.interface import Backend
-from ktmoe.types import ExpertWeights, KernelError, MoEShape
+from ktmoe.types import ExpertWeights, KernelError, KTError, MoEShape
 from ktmoe.validation import make_inputs
 
 
@@ -35,7 +36,7 @@ class Level:
 
     Attributes:
         seeds: drawn cases of the contract gate.
-        tokens: in each case, besides two per expert.
+        tokens: in each case, besides two per expert; enough for an expert to have more than the kernel's 32 rows.
         probe_dtype: what torch computes the load probe's reference in.
         every_gradient: whether the load probe computes the input gradient also where that tells nothing new.
     """
@@ -47,7 +48,7 @@ class Level:
 
 
 # quick: what a start may cost. full: run anew at every start, for those who doubt the kernel, or this file.
-LEVELS = {"quick": Level(1, 16, torch.bfloat16, False), "full": Level(8, 192, torch.float32, True)}
+LEVELS = {"quick": Level(1, 64, torch.bfloat16, False), "full": Level(8, 192, torch.float32, True)}
 _gradients_probed: set[tuple[Plan, MoEShape, bool]] = set()
 
 
@@ -79,7 +80,7 @@ def ensure_verified(plan: Plan, shape: MoEShape, config: KTConfig) -> Plan:
 
 
 def probe(backend: Backend, plan: Plan, weights: ExpertWeights, config: KTConfig) -> tuple[Backend, Plan]:
-    """Checks a loaded layer on its own weights: one token per expert, output and input gradient.
+    """Checks a loaded layer on its own weights: one token per expert, output and mostly the input gradient.
 
     With a shared backward buffer the kernel makes the backward weights from the forward's before every backward, and
     throws them away after it: there the gradient is computed for the first layer of its sizes, and the first that was
@@ -94,14 +95,21 @@ def probe(backend: Backend, plan: Plan, weights: ExpertWeights, config: KTConfig
     if config.kt_verify == "off":
         return backend, plan
     level = LEVELS[config.kt_verify]
-    alike = (plan, backend.shape, getattr(backend, "reloaded", False))
+    alike = (plan, backend.shape, backend.reloaded)
     gradient = level.every_gradient or not plan.share_backward or alike not in _gradients_probed
-    problems = probe_problems(backend, weights, contract.HARD[plan.backend], level.probe_dtype, gradient)
+    try:
+        problems = probe_problems(backend, weights, contract.HARD[plan.backend], level.probe_dtype, gradient)
+    except KTError:
+        backend.close()
+        raise
+    except BaseException:
+        backend.condemn()
+        raise
     if not problems:
         if gradient:
             _gradients_probed.add(alike)
         return backend, plan
-    backend.close()
+    backend.condemn()
     fallen = _fall_back(plan, config, "the load probe", problems)
     return build(fallen, weights, backend.shape, 1.0), fallen
 
@@ -110,6 +118,9 @@ def probe_problems(
     backend: Backend, weights: ExpertWeights, limits: contract.Limits, dtype: torch.dtype, gradient: bool
 ) -> list[str]:
     """What the load probe finds wrong with each expert, as sentences.
+
+    Raises:
+        KTError: the weights are no numbers to compute with.
 
     Args:
         backend: with `weights` loaded.
@@ -133,6 +144,13 @@ def probe_problems(
         if gradient:
             found.append(b.backward(ticket, inputs, grad.to(b.compute_dtype)).hidden_states.float())
         answers.append(found)
+    unusable = (~torch.stack([t.isfinite().all(-1) for t in answers[1]]).all(0)).nonzero().flatten().tolist()
+    if unusable:
+        raise KTError(
+            f"weights: expert {unusable[0]} gives NaN or infinite numbers for ordinary input in torch too "
+            f"({len(unusable)} of {shape.num_experts} experts): its weights hold such values or overflow {dtype}. Is "
+            "the checkpoint damaged?"
+        )
     problems = []
     tensors = (("output", limits.forward), ("input gradient", limits.backward))
     for (name, limit), got, expected in zip(tensors, *answers, strict=False):
@@ -145,6 +163,8 @@ def probe_problems(
 def run_contract(about: dict[str, Any], level: str) -> list[str]:
     """Runs the contract in this process and returns what breaks it. The child process of the gate calls this."""
     shape, plan = MoEShape(**about["shape"]), Plan(**about["plan"])
+    if certificate.subject(plan, shape) != about:
+        return ["the checking process has another ktmoe, kernel or CPU than this one"]
     for seed in range(LEVELS[level].seeds):
         case = contract.draw_case(shape, LEVELS[level].tokens, seed)
         backend = build(plan, case.weights, shape, case.lora.scaling)
@@ -165,9 +185,10 @@ def _run_gate(about: dict[str, Any], level: str) -> list[str]:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT, env=environment)
     except subprocess.TimeoutExpired:
         return [f"no answer within {_TIMEOUT} s"]
-    lines = done.stdout.strip().splitlines()
-    if done.returncode == 0 and lines:
-        return json.loads(lines[-1])
+    with contextlib.suppress(ValueError, IndexError, KeyError, TypeError):
+        answer = json.loads(done.stdout.strip().splitlines()[-1])
+        if done.returncode == 0 and answer["about"] == about:
+            return list(answer["problems"])
     tail = "\n".join(done.stderr.strip().splitlines()[-5:])
     ended = f"was killed by signal {-done.returncode}" if done.returncode < 0 else f"exited with {done.returncode}"
     return [f"the checking process {ended}. {tail}"]
@@ -187,4 +208,5 @@ def _fall_back(plan: Plan, config: KTConfig, check: str, problems: list[str]) ->
 
 
 if __name__ == "__main__":
-    print(json.dumps(run_contract(json.loads(sys.argv[1]), sys.argv[2])))
+    _about = json.loads(sys.argv[1])
+    print(json.dumps({"about": _about, "problems": run_contract(_about, sys.argv[2])}))

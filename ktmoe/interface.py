@@ -27,11 +27,13 @@ class Backend(ABC):
         name: as in `kt_backend`.
         shape: what it was built for.
         compute_dtype: the dtype that `Inputs.hidden_states` must have.
+        reloaded: whether the weights are in an object that held another layer's before.
     """
 
     name: str
     shape: MoEShape
     compute_dtype: torch.dtype
+    reloaded: bool = False
 
     @abstractmethod
     def forward(self, inputs: Inputs, *, save: bool) -> tuple[Tensor, int]:
@@ -58,6 +60,10 @@ class Backend(ABC):
         Returns:
             Fresh tensors that belong to the caller.
         """
+
+    def condemn(self) -> None:
+        """Closes a backend that computed something wrong; nothing of it is used again."""
+        self.close()
 
     def close(self) -> None:  # noqa: B027  (stateless backends have nothing to release)
         """Releases what the backend holds. It cannot be used afterwards."""

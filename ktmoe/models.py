@@ -178,7 +178,10 @@ def _find(model: nn.Module) -> dict[str, tuple[nn.Module, int]]:
     """Every routed-experts module with its top_k. Raises KTError if there is none or one is not plain."""
     if moe_layers(model):
         raise KTError("This model's routed experts are attached already.")
-    found = {name: m for name, m in model.named_modules() if name and _looks_like_experts(name, m)}
+    modules = model.named_modules(remove_duplicate=False)
+    found = {name: m for name, m in modules if name and _looks_like_experts(name, m)}
+    if len(set(map(id, found.values()))) < len(found):
+        raise KTError(f"{type(model).__name__}: layers share their experts module; ktmoe takes one per layer.")
     if not found:
         raise KTError(
             f"{type(model).__name__} has no MoE layer: no module of it holds routed experts. use_kt is for "

@@ -53,6 +53,8 @@ class MoEShape:
 class ExpertWeights:
     """The frozen weights of one layer of routed experts, held by somebody else and never copied here.
 
+    The kernel packs them while loading: changes in place afterwards are not seen.
+
     Each projection is a stacked tensor or a sequence of E matrices (checkpoints hold the latter; stacking would copy).
 
     Attributes:

@@ -1,6 +1,9 @@
-"""All checks of a call, in one place, before any backend sees a tensor or a pointer is taken."""
+"""What stands between a caller and a backend: checks and casts, in one place, before a pointer is taken."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from ktmoe_reference import LORA_NAMES
@@ -11,6 +14,16 @@ from ktmoe.types import Inputs, KTError, Lora, MoEShape
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
+
+
+@contextmanager
+def own_settings() -> Iterator[None]:
+    """Keeps the caller's default device, inference mode and autocast away from a backend.
+
+    The kernel takes pointers to host memory, and what it keeps is written again outside of inference mode.
+    """
+    with torch.device("cpu"), torch.inference_mode(False), torch.autocast("cpu", enabled=False):
+        yield
 
 
 def check_shape(shape: MoEShape) -> None:
@@ -120,8 +133,8 @@ def make_inputs(
     index = top_k_index.to("cpu", torch.int64)
     inside = (index >= 0) & (index < shape.num_experts)
     return Inputs(
-        hidden_states.to("cpu", compute_dtype).contiguous(),
+        hidden_states.to("cpu", compute_dtype).resolve_neg().contiguous(),
         torch.where(inside, index, -1).contiguous(),
-        top_k_weights.to("cpu", torch.float32).contiguous(),
+        top_k_weights.to("cpu", torch.float32).resolve_neg().contiguous(),
         lora,
     )

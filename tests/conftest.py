@@ -16,7 +16,7 @@ os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(Path(__file__).pare
 # Gate certificates, datasets and fonts are cached under this: tests neither read nor write the user's own.
 _CACHE = tempfile.mkdtemp(prefix="ktmoe-tests-")
 os.environ["XDG_CACHE_HOME"] = _CACHE
-for _name in ("HF_HOME", "HF_DATASETS_CACHE", "HF_HUB_CACHE", "MPLCONFIGDIR"):
+for _name in ("HF_HOME", "HF_DATASETS_CACHE", "HF_HUB_CACHE", "MPLCONFIGDIR", "KTMOE_CACHE_DIR"):
     os.environ.pop(_name, None)
 
 import hypothesis

@@ -154,10 +154,7 @@ def weight_pointers():
 
 
 def lock():
-    @wrap(Host, "__init__")
-    def init(self, real, *args):
-        real(self, *args)
-        self.lock = contextlib.nullcontext()
+    Host.lock = contextlib.nullcontext()
 
 
 def evaluation_ends_tickets():

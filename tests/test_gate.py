@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers import KERNEL_BACKENDS, SMALL, loaded, weights
 
-from ktmoe import KernelError, KTConfig, MoEExperts, certificate, contract, gate
+from ktmoe import KernelError, KTConfig, KTError, MoEExperts, certificate, contract, gate
 from ktmoe.backends import plan
 from ktmoe.backends.torch import TorchBackend
 from ktmoe.cli import run
@@ -200,6 +200,39 @@ def test_a_failed_kernel_is_one_message_on_the_command_line(capsys):
         run(command)
     assert end.value.code == 2
     assert capsys.readouterr().err == "ktmoe: kt_backend: AMXBF16 failed the contract gate\n"
+
+
+@every_kernel
+def test_an_object_that_failed_is_never_used_again(name, cache, monkeypatch):
+    """Not by the next layer that is built alike, whose own probe would then be all that stands before it."""
+    monkeypatch.setattr(gate, "_run_gate", lambda *args: [])
+    config = KTConfig(kt_backend=name, kt_max_len=288)  # sizes that nothing else here has
+    real = gate.probe_problems
+    monkeypatch.setattr(gate, "probe_problems", lambda *args: ["output of expert 0: wrong"])
+    with pytest.raises(KernelError, match="failed the load probe"):
+        MoEExperts(weights(), top_k=2, r=3, config=config)
+    monkeypatch.setattr(gate, "probe_problems", real)
+    assert not MoEExperts(weights(), top_k=2, r=3, config=config).load(3).reloaded
+
+
+@every_kernel
+def test_damaged_weights_are_not_blamed_on_the_kernel(name, cache, monkeypatch):
+    monkeypatch.setattr(gate, "_run_gate", lambda *args: [])
+    damaged = weights()
+    damaged.up_proj[2, 5, 7] = float("nan")
+    with pytest.raises(KTError, match="weights: expert 2 gives NaN"):
+        MoEExperts(damaged, top_k=2, r=4, config=KTConfig(kt_backend=name, kt_max_len=64))
+
+
+@every_kernel
+def test_another_package_in_the_way_is_noticed(name, cache, monkeypatch, tmp_path):
+    """`python -m` looks into the working directory first."""
+    (tmp_path / "ktmoe").mkdir()
+    (tmp_path / "ktmoe" / "__init__.py").write_text("")
+    (tmp_path / "ktmoe" / "gate.py").write_text("print([])")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(KernelError, match="the checking process"):
+        MoEExperts(weights(), top_k=2, r=4, config=KTConfig(kt_backend=name, kt_max_len=64))
 
 
 @every_kernel

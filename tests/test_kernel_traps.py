@@ -1,5 +1,6 @@
 """The kernel's traps, by the numbers of docs/kernel.md: each one refused, or worked around exactly."""
 
+import copy
 import dataclasses
 import subprocess
 import sys
@@ -260,3 +261,93 @@ def test_a_closed_backend_says_so(name):
     backend.close()
     with pytest.raises(KTError, match="closed"):
         contract.answer(backend, case)
+
+
+@every_kernel
+def test_the_callers_settings_do_not_reach_the_kernel(name):
+    """torch.set_default_device("cuda") would give the kernel addresses on the GPU; "meta" gave it null pointers."""
+    done = run_python(f"""
+        import torch
+        from helpers import call, gradients, module, relative, weights
+        from ktmoe import KTConfig, MoEExperts
+        judge = module("reference")
+        x, i, w = call(judge)
+        out = judge(x, i, w)
+        expected = [out, *gradients(judge, out.sum(), x, w)]
+        held, config = weights(), KTConfig(kt_backend={name!r}, kt_num_threads=2, kt_max_len=96)
+        torch.set_default_device("meta")
+        torch.set_default_dtype(torch.bfloat16)
+        with torch.inference_mode():
+            MoEExperts(held, top_k=2, config=config)(x, i, w)  # what it leaves behind is used again below
+        experts = MoEExperts(held, top_k=2, r=4, lora_alpha=8, config=config)
+        assert {{(p.device.type, p.dtype) for p in experts.parameters()}} == {{("cpu", torch.float32)}}
+        for p, q in zip(experts.parameters(), judge.parameters(), strict=True):
+            p.data.copy_(q.data)
+        out = experts(x, i, w)
+        got = [out, *gradients(experts, out.sum(), x, w)]
+        assert all(relative(a, b) < 0.06 for a, b in zip(got, expected, strict=True))
+        print("right")
+    """)
+    assert done.stdout == "right\n", done.stderr
+
+
+@every_kernel
+def test_an_interrupted_call_ends_before_its_tensors(name):
+    """Ctrl-C between submitting a task and waiting for it left the kernel writing into freed memory."""
+    done = run_python(f"""
+        import random, signal, torch
+        from helpers import call, gradients, module
+        experts = module({name!r})
+        x, i, w = call(experts, tokens=200)
+        def step():
+            return gradients(experts, experts(x, i, w).sum(), x, w)
+        expected = step()
+        def interrupt(*args):
+            raise KeyboardInterrupt
+        signal.signal(signal.SIGALRM, interrupt)
+        interrupted = 0
+        for _ in range(400):
+            try:
+                signal.setitimer(signal.ITIMER_REAL, random.uniform(1e-4, 8e-3))
+                step()
+                signal.setitimer(signal.ITIMER_REAL, 0)
+            except KeyboardInterrupt:
+                interrupted += 1
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        assert all(torch.equal(a, b) for a, b in zip(step(), expected, strict=True))
+        print(interrupted > 20)
+    """)
+    assert done.stdout == "True\n", done.stderr
+
+
+@every_kernel
+def test_first_calls_from_several_threads(name):
+    """One pool for all of them, and stdout is still there afterwards."""
+    done = run_python(f"""
+        import sys, threading
+        from helpers import call, weights
+        from ktmoe import KTConfig, MoEExperts
+        from ktmoe.backends.extension import Host
+        sys.setswitchinterval(1e-6)
+        config = KTConfig(kt_backend={name!r}, kt_num_threads=2, kt_max_len=64)
+        layers = [MoEExperts(weights(seed=s), top_k=2, config=config) for s in range(4)]
+        threads = [threading.Thread(target=lambda m=m: m(*call(m))) for m in layers]
+        [t.start() for t in threads]
+        [t.join() for t in threads]
+        print(len(Host._hosts))
+    """)
+    assert done.stdout == "1\n", done.stderr
+
+
+@every_kernel
+def test_the_kernel_can_be_neither_copied_nor_pickled(name):
+    with pytest.raises(KTError, match="neither copied nor pickled"):
+        copy.deepcopy(module(name))
+
+
+@pytest.mark.parametrize("name", ["torch", *KERNEL_BACKENDS])
+def test_lazy_negative_views(name):
+    experts = module(name)
+    x, index, w = call(experts)
+    expected = experts(x, index, w)
+    assert torch.equal(experts(torch._neg_view(-x.detach()), index, torch._neg_view(-w.detach())), expected)

@@ -329,3 +329,10 @@ def test_detach_gives_transformers_its_experts_back(tmp_path):
         ktmoe.detach(bare)
     attach(bare, REFERENCE, r=2)  # and again
     torch.testing.assert_close(bare(IDS).logits, before)
+
+
+def test_layers_that_share_their_experts_are_refused():
+    made = model()
+    made.model.layers[1].mlp.experts = made.model.layers[0].mlp.experts
+    with pytest.raises(KTError, match="share their experts"):
+        attach(made, REFERENCE)

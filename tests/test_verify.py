@@ -1,5 +1,6 @@
 """`ktmoe verify` and its sections: how they end, what they write, and that nothing failed looks green."""
 
+import argparse
 import json
 import signal
 import subprocess
@@ -41,6 +42,14 @@ def test_without_a_kernel_nothing_looks_verified(model, tmp_path, monkeypatch, c
         assert json.loads((tmp_path / f"{name}.json").read_text())["verdict"] == "not verified"
 
 
+def test_a_kernel_that_cannot_take_the_shape_is_not_called_verified(model, capsys):
+    for section in (accuracy, throughput):
+        assert section.main(["--model", model, "--rank", "200"]) == 1
+        said = capsys.readouterr().out
+        assert "kernel NOT verified on this host" in said
+        assert not kernel.available() or "AMXInt8 left out: r (lora_rank): got 200" in said
+
+
 def test_an_error_beyond_its_limit_fails_the_section(model, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(accuracy.contract.EXPECTED, "torch", accuracy.contract.Limits(1e-9, 1e-9, 1e-9))
     assert accuracy.main(["--model", model, "--output", str(tmp_path), "--allow-unverified"]) == 1
@@ -55,13 +64,24 @@ def test_an_error_beyond_its_limit_fails_the_section(model, tmp_path, monkeypatc
 def test_a_section_that_dies_has_failed(tmp_path, monkeypatch, end, expected):
     real = subprocess.run
     monkeypatch.setattr(report.subprocess, "run", lambda command: real([sys.executable, "-c", end]))
-    (tmp_path / "accuracy.json").write_text(
-        '{"verdict": "pass"}'
-    )  # of an earlier run: must not be taken for this one's
+    (tmp_path / "accuracy.json").write_text('{"verdict": "pass"}')  # written before it died
     found = report._run("accuracy", [], tmp_path, results.console())
     assert found["verdict"] == "fail"
     assert expected in found["summary"]
     assert report.overall([found, {"verdict": "pass"}, {"verdict": "not verified"}]) == "fail"
+
+
+def test_a_torn_result_is_a_failed_section(tmp_path, monkeypatch):
+    real = subprocess.run
+    monkeypatch.setattr(report.subprocess, "run", lambda command: real([sys.executable, "-c", ""]))
+    (tmp_path / "soak.json").write_text('{"verdict": "pa')
+    assert report._run("soak", [], tmp_path, results.console())["verdict"] == "fail"
+
+
+def test_problems_with_brackets_are_printed_as_they_are(tmp_path, capsys):
+    args = argparse.Namespace(output=tmp_path, allow_unverified=False)
+    assert results.end(results.console(), args, "traps", (), ["died in [/usr/lib/libc.so.6]"], {}) == 1
+    assert "died in [/usr/lib/libc.so.6]" in capsys.readouterr().out
 
 
 @pytest.mark.kernel
@@ -78,7 +98,7 @@ def test_a_probe_that_a_signal_kills_ends_nothing_else(monkeypatch, tmp_path):
     )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=":")
     monkeypatch.setattr(traps, "TRAPS", {n: traps.TRAPS[n] for n in (2, 4, 19, 24)})
-    monkeypatch.setattr(traps, "_TIMEOUT", 12)
+    monkeypatch.setattr(traps, "_TIMEOUT", 25)
     found = dict(traps.run("AMXBF16"))
     assert found[4] == found[24] == []
     assert "killed by signal 11" in found[2][0]
@@ -115,7 +135,7 @@ def check_page(text):
 def test_the_whole_command(model, tmp_path):
     """The real thing, as a user calls it."""
     command = [sys.executable, "-m", "ktmoe.cli", "verify", model, "--output", str(tmp_path / "out")]
-    done = subprocess.run([*command, "--soak-minutes", "0.4"], capture_output=True, text=True)
+    done = subprocess.run([*command, "--soak-minutes", "1"], capture_output=True, text=True)
     assert done.returncode == (0 if kernel.available() else 1), done.stdout + done.stderr
     result = json.loads((tmp_path / "out" / "report.json").read_text())
     assert result["verdict"] == ("pass" if kernel.available() else "not verified")
@@ -124,6 +144,18 @@ def test_the_whole_command(model, tmp_path):
     assert {r["backend"] for r in runs} == {"torch", *(KERNEL_BACKENDS if kernel.available() else ())}
     check_page((tmp_path / "out" / "report.html").read_text())
     assert ("kernel verified on this host" in done.stdout) == kernel.available()
+
+
+def test_the_page_of_a_failed_run():
+    failed = {"verdict": "fail", "summary": "killed <b>", "problems": ["<script>"], "data": {}}
+    sections = {name: {"section": name, **failed} for name in report.SECTIONS}
+    text = report.page(
+        {"ktmoe": "0", "written": "now", "model": "<b>$x", "verdict": "fail", "environment": {}, "sections": sections}
+    )
+    page = Page()
+    page.feed(text)
+    assert page.open == []
+    assert not {"script", "b", "svg"} & page.seen
 
 
 def test_mistakes_on_the_command_line(tmp_path, model):
@@ -137,6 +169,10 @@ def test_mistakes_on_the_command_line(tmp_path, model):
     (tmp_path / "file").write_text("")
     done = run(model, "--output", str(tmp_path / "file"))
     assert (done.returncode, "--output" in done.stderr) == (2, True), done.stderr
+    (tmp_path / "out" / "soak.json").mkdir(parents=True)
+    done = run(model, "--output", str(tmp_path / "out"))
+    assert (done.returncode, "--output" in done.stderr) == (2, True), done.stderr
+    assert run(model, "--soak-minutes", "-1").returncode == 2
 
 
 def test_the_environment_names_versions_and_no_names():

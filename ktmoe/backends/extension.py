@@ -9,7 +9,7 @@ import sys
 import threading
 from collections import defaultdict
 from collections.abc import Hashable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -52,14 +52,17 @@ def extension_path() -> Path | None:
 
 
 class Host:
-    """The process's one pool of kernel threads per (threads, TP). Tasks run one at a time.
+    """A pool of kernel threads, one per (threads, TP) in a process. Tasks run one at a time.
 
     Attributes:
-        lock: held while a task runs; the extension takes one caller at a time (K26).
+        lock: held while a task runs, whatever the pool: scratch memory and the shared backward buffer belong to the
+            process, so the extension takes one caller at a time (K26).
         idle: kernel objects whose layer is gone, by what they were built for. Destroying one would leak its packed
-            weights (K22), so the next layer of the same kind takes it.
+            weights (K22), so the next layer that is built alike takes it.
+        condemned: kernel objects that failed a check. They are never used again.
     """
 
+    lock: ClassVar[Any] = threading.RLock()
     _hosts: ClassVar[dict[tuple[int, int], Host]] = {}
 
     def __init__(self, threads: int, tp: int) -> None:
@@ -82,8 +85,8 @@ class Host:
         pool.subpool_thread_count = [max(1, threads // tp + (t < threads % tp)) for t in range(tp)]
         self.tp, self.threads = tp, threads
         self.pid = os.getpid()
-        self.lock = threading.RLock()
         self.idle: defaultdict[Hashable, list[Any]] = defaultdict(list)
+        self.condemned: list[Any] = []
         with quiet():
             self.infer = self.extension.CPUInfer(pool)
         # Never destroyed: its destructor prints to stdout at interpreter exit, when nobody can redirect it any more.
@@ -92,15 +95,25 @@ class Host:
     @classmethod
     def get(cls, threads: int, tp: int) -> Host:
         """This process's pool; a forked child does not have its parent's threads and gets its own."""
-        host = cls._hosts.get((threads, tp))
-        if host is None or host.pid != os.getpid():
-            host = cls._hosts[threads, tp] = cls(threads, tp)
-        return host
+        with cls.lock:
+            host = cls._hosts.get((threads, tp))
+            if host is None or host.pid != os.getpid():
+                host = cls._hosts[threads, tp] = cls(threads, tp)
+            return host
+
+    @classmethod
+    def _forked(cls) -> None:
+        cls.lock = threading.RLock()  # another thread of the parent may have held it
 
     def run(self, task: tuple[int, int]) -> None:
         """Runs one task to its end. The caller holds `lock`."""
-        self.infer.submit(task)
-        self.infer.sync()
+        try:
+            self.infer.submit(task)
+        finally:  # also after Ctrl-C in between: the task's tensors must outlive it
+            self.infer.sync()
+
+
+os.register_at_fork(after_in_child=Host._forked)
 
 
 def numa_nodes() -> list[int]:
@@ -113,19 +126,21 @@ def numa_nodes() -> list[int]:
 def quiet() -> Iterator[None]:
     """Keeps the extension's own printing off the user's stdout: it writes to file descriptor 1 from C++."""
     libc = ctypes.CDLL(None)
-    sys.stdout.flush()
-    libc.fflush(None)
-    try:
-        saved = os.dup(1)
-    except OSError:  # no stdout at all: nothing to keep clean
-        yield
-        return
-    devnull = os.open(os.devnull, os.O_WRONLY)
-    try:
-        os.dup2(devnull, 1)
-        yield
-    finally:
+    with Host.lock:  # two at once would leave /dev/null behind
+        with suppress(AttributeError, ValueError):  # started without stdout, or closed since
+            sys.stdout.flush()
         libc.fflush(None)
-        os.dup2(saved, 1)
-        os.close(saved)
-        os.close(devnull)
+        try:
+            saved = os.dup(1)
+        except OSError:  # no stdout at all: nothing to keep clean
+            yield
+            return
+        devnull = os.open(os.devnull, os.O_WRONLY)
+        try:
+            os.dup2(devnull, 1)
+            yield
+        finally:
+            libc.fflush(None)
+            os.dup2(saved, 1)
+            os.close(saved)
+            os.close(devnull)

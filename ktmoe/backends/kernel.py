@@ -86,8 +86,6 @@ class KernelBackend(Backend):
     so a ticket numbers the content of that cache, and a backward whose ticket is not there any more runs its forward
     again.
 
-    Attributes:
-        reloaded: whether the weights are in the kernel object of a layer that is gone.
     """
 
     compute_dtype = torch.bfloat16
@@ -144,14 +142,15 @@ class KernelBackend(Backend):
         pointers = {p: t.data_ptr() for p, t in source.items()}
         idle = self._host.idle[self._key(share_backward)]
         with self._host.lock, quiet():
-            used = idle.pop() if idle else None
-            if used is not None:
-                used.moe.set_base_weight_pointers(*pointers.values())
-            packed = used or self._create(share_backward, pointers)
+            packed = idle[-1] if idle else self._create(share_backward, pointers)
+            self.reloaded = bool(idle)
+            if self.reloaded:
+                packed.moe.set_base_weight_pointers(*pointers.values())
             self._host.run(packed.moe.load_weights_task())
-            if used is not None and share_backward:
-                self._take_backward_buffer_over()
-        self.reloaded = used is not None
+            if self.reloaded:
+                idle.pop()
+                if share_backward:
+                    self._take_backward_buffer_over()
         return packed
 
     def _create(self, share_backward: bool, pointers: dict[str, int]) -> _Packed:
@@ -198,9 +197,17 @@ class KernelBackend(Backend):
 
     def close(self) -> None:
         """Gives the kernel object to the next layer of the same kind: destroyed, it would leak its weights (K22)."""
+        if os.getpid() != self._host.pid:  # a forked child has a copy of an object that only its parent can use
+            return
         with self._host.lock:
             self._moe = None
             self._release()
+
+    def condemn(self) -> None:
+        """As `close`, for an object that computed something wrong: it is kept, since it would leak, and never used."""
+        with self._host.lock:
+            self._host.condemned.append(self._release.detach())
+            self._moe = None
 
     def _take_backward_buffer_over(self) -> None:
         """K23: if a reloaded object was the last to fill the shared backward buffer, its old weights are in there."""
@@ -208,10 +215,17 @@ class KernelBackend(Backend):
         one = Inputs(
             torch.ones(1, other.shape.hidden_size, dtype=torch.bfloat16),
             torch.zeros(1, 1, dtype=torch.int64),
-            torch.ones(1, 1),
+            torch.ones(1, 1, dtype=torch.float32),
             None,
         )
         other.backward(STATELESS, one, one.hidden_states)
+
+    def __reduce__(self) -> Any:
+        """Refuses to be copied or pickled: the weights are in the kernel's own memory."""
+        raise KTError(
+            "Routed experts that run on the kernel can be neither copied nor pickled. Save the adapter instead, or "
+            "detach the model first (ktmoe.detach)."
+        )
 
     def _exact_backward(self, inputs: Inputs, grad_output: Tensor) -> Gradients:
         x = inputs.hidden_states.float()
@@ -226,9 +240,9 @@ class KernelBackend(Backend):
                 "The routed experts were called in a forked process; the kernel's threads live in the parent only. "
                 "Use dataloader workers for data alone, or start processes with the 'spawn' method."
             )
-        if self._moe is None:
-            raise KTError("This backend was closed.")
         with self._host.lock:  # the task queue takes one caller at a time (K26), and the cache belongs to one call
+            if self._moe is None:
+                raise KTError("This backend was closed.")
             yield
 
     def _refresh(self, inputs: Inputs) -> None:
@@ -295,7 +309,7 @@ class KernelBackend(Backend):
             return None
         r, ratio = inputs.lora.rank, inputs.lora.scaling / self.scaling
         shapes = self.shape.lora_shapes()
-        total = total or [torch.zeros(s) for s in shapes.values()]  # no token at all
+        total = total or [torch.zeros(s, dtype=torch.float32) for s in shapes.values()]  # no token at all
         return [
             (t[..., :r] * ratio).contiguous() if name.endswith("lora_B") else t[:, :r].contiguous()
             for name, t in zip(shapes, total, strict=True)
@@ -327,5 +341,5 @@ _LORA_FIELDS = ("gate_lora_a", "gate_lora_b", "up_lora_a", "up_lora_b", "down_lo
 def _contiguous(stack: Any) -> Tensor:
     """[E, ...] bf16, contiguous (K3, K25): the held tensor itself where it is that already."""
     if isinstance(stack, Tensor):
-        return stack.detach().to("cpu", torch.bfloat16).contiguous()
-    return torch.stack([w.detach().to("cpu", torch.bfloat16) for w in stack])
+        return stack.detach().to("cpu", torch.bfloat16).resolve_neg().contiguous()
+    return torch.stack([w.detach().to("cpu", torch.bfloat16).resolve_neg() for w in stack])

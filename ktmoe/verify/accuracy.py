@@ -1,4 +1,5 @@
-"""`python -m ktmoe.verify.accuracy`: every output and gradient of the kernel against the fp64 specification.
+"""`python -m ktmoe.verify.accuracy`: every output and gradient of the kernel against the specification, in fp64
+(fp32 for layers above 1 GiB).
 
 Layer shapes are those of released models, with fewer experts (E changes how often the same code runs, not the code),
 or those of the model that is asked for.
@@ -14,13 +15,14 @@ from typing import Any
 
 import torch
 from ktmoe_reference import LORA_NAMES
+from rich.markup import escape
 from rich.progress import track
 from rich.table import Table
 
 from ktmoe import contract
 from ktmoe.backends import KERNEL_BACKENDS, build, kernel, plan
 from ktmoe.config import KTConfig
-from ktmoe.types import KTError, MoEShape
+from ktmoe.types import MoEShape
 from ktmoe.verify import results
 
 
@@ -41,6 +43,7 @@ class Run:
     backend: str
     shape_name: str
     shape: MoEShape
+    precision: str  # of the specification
     rows: list[contract.Measurement]
     problems: list[str]
     seconds: float
@@ -48,7 +51,10 @@ class Run:
     def as_json(self) -> dict[str, Any]:
         """Everything, with the limits."""
         limits = asdict(contract.EXPECTED[self.backend])
-        rows = [asdict(m) | {"error": m.error if math.isfinite(m.error) else None} for m in self.rows]
+        rows = [
+            {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in asdict(m).items()}
+            for m in self.rows
+        ]
         return {**vars(self), "shape": asdict(self.shape), "rows": rows, "limits": limits}
 
 
@@ -59,18 +65,20 @@ def run(backend_name: str, shape_name: str, shape: MoEShape, seed: int) -> Run:
     decided = plan(KTConfig(kt_backend=backend_name), shape)
     assert decided.backend == backend_name, decided.note
     backend = build(decided, case.weights, shape, case.lora.scaling)
-    expected = contract.specification(case, torch.float32 if case.weights.nbytes() > _LARGE else torch.float64)
+    dtype = torch.float32 if case.weights.nbytes() > _LARGE else torch.float64
+    expected = contract.specification(case, dtype)
     rows = contract.measure(case, contract.answer(backend, case), expected)
     backend.close()
     problems = contract.violations(rows, contract.EXPECTED[backend_name])
-    return Run(backend_name, shape_name, shape, rows, problems, time.perf_counter() - start)
+    precision = str(dtype).removeprefix("torch.")
+    return Run(backend_name, shape_name, shape, precision, rows, problems, time.perf_counter() - start)
 
 
 def table(runs: list[Run], variant: str) -> Table:
     """Errors in per cent: of the whole tensor, and of the worst expert."""
     s = runs[0].shape
-    sizes = f"E={s.num_experts}, H={s.hidden_size}, I={s.intermediate_size}, K={s.top_k}, r={s.rank}"
-    out = Table(title=f"{runs[0].shape_name} ({sizes}), kernel {variant}\nrelative error, % (whole / worst expert)")
+    title = f"{escape(runs[0].shape_name)} ({results.sizes(s)}), kernel {escape(variant)}"
+    out = Table(title=f"{title}\nerror relative to {runs[0].precision}, % (whole / worst expert)")
     out.add_column("tensor")
     for r in runs:
         out.add_column(r.backend, justify="right")
@@ -99,8 +107,7 @@ def main(argv: list[str] | None = None) -> int:
     console = results.console()
     variant = f"{kernel.variant()} {args.label}".strip()
     shapes = results.model_shapes(args) or SHAPES
-    names = ("torch", *KERNEL_BACKENDS) if kernel.available() else ("torch",)
-    todo = [(b, name, shape) for name, shape in shapes.items() for b in names if takes(b, shape)]
+    todo = [(b, name, shape) for name, shape in shapes.items() for b in results.backends_for(shape, console)]
     steps = track(todo, "Accuracy", console=console, disable=not console.is_terminal)
     runs = [run(*one, args.seed) for one in steps]
     for shape_name in shapes:
@@ -109,18 +116,9 @@ def main(argv: list[str] | None = None) -> int:
     console.print(f"seed {args.seed}, {TOKENS} mixed tokens and 2 per expert alone, {seconds:.0f} s")
     problems = [f"{r.backend}, {r.shape_name}: {p}" for r in runs for p in r.problems]
     data = {"variant": variant, "seed": args.seed, "tokens": TOKENS, "runs": [r.as_json() for r in runs]}
-    summary = f"accuracy: kernel verified: {variant} ({', '.join(KERNEL_BACKENDS)})"
-    return results.end(console, args, "accuracy", problems, data, summary)
-
-
-def takes(backend: str, shape: MoEShape) -> bool:
-    """Whether a backend can compute a layer of this shape."""
-    if backend in KERNEL_BACKENDS:
-        try:
-            kernel.check_shape(backend, shape)
-        except KTError:
-            return False
-    return True
+    measured = {r.backend for r in runs}
+    summary = f"accuracy: kernel verified: {variant} ({', '.join(n for n in KERNEL_BACKENDS if n in measured)})"
+    return results.end(console, args, "accuracy", measured, problems, data, summary)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,15 @@ def draw(sections: dict[str, dict[str, Any]]) -> dict[str, str]:
     import matplotlib as mpl
 
     mpl.use("Agg")
-    mpl.rcParams.update({"svg.fonttype": "none", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
+    mpl.rcParams.update(
+        {
+            "svg.fonttype": "none",
+            "font.size": 9,
+            "axes.spines.top": False,
+            "text.parse_math": False,
+            "axes.spines.right": False,
+        }
+    )
     artists = {"accuracy": _accuracy, "soak": _soak, "throughput": _throughput}
     return {name: _svg(artist(sections[name]["data"])) for name, artist in artists.items() if sections[name]["data"]}
 

@@ -339,22 +339,23 @@ def _no_weights(name: str) -> list[str]:
 
 @_trap(26, "two callers at once: underflow of the cache, wrong numbers")
 def _two_threads(name: str) -> list[str]:
-    cases = [_case(), replace(_case(seed=1), weights=_case().weights)]
-    backend = _load(name, cases[0])
-    alone = [_forward(backend, c)() for c in cases]
+    cases = [_case(), _case(seed=1), replace(_case(seed=2), weights=_case().weights)]
+    backends = [_load(name, c, threads=t) for c, t in zip(cases[:2], (1, 2), strict=True)]  # with a pool each
+    backends.append(backends[0])
+    alone = [_forward(b, c)() for b, c in zip(backends, cases, strict=True)]
     found: list[str] = []
 
     def work(i: int) -> None:
         try:
             for _ in range(40):
-                found.extend(_differ(f"thread {i + 1}", _forward(backend, cases[i])(), alone[i]))
-        except RuntimeError as error:
-            found.append(f"thread {i + 1}: {error}")
+                found.extend(_differ(f"thread {i + 1}", _forward(backends[i], cases[i])(), alone[i]))
+        except Exception as error:
+            found.append(f"thread {i + 1}: {type(error).__name__}: {error}")
 
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)  # so that the two meet
     try:
-        threads = [threading.Thread(target=work, args=(i,)) for i in (0, 1)]
+        threads = [threading.Thread(target=work, args=(i,)) for i in range(3)]
         for t in threads:
             t.start()
         for t in threads:

@@ -5,6 +5,7 @@ A section that a signal kills has failed; the others go on.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
 import subprocess
@@ -16,14 +17,15 @@ from typing import Any
 
 import jinja2
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 import ktmoe
 from ktmoe.types import KTError
-from ktmoe.verify import environment, plots
+from ktmoe.verify import environment, plots, results
 
 
-_COLOURS = {"pass": "green", "fail": "red", "not verified": "yellow"}
+SECTIONS = ("accuracy", "traps", "soak", "throughput")
 
 
 def verify(
@@ -51,18 +53,21 @@ def verify(
     """
     try:
         output.mkdir(parents=True, exist_ok=True)
+        for name in (*SECTIONS, "report"):  # an earlier run's results must not be taken for this one's
+            (output / f"{name}.json").unlink(missing_ok=True)
+        (output / "report.html").write_text("")
     except OSError as error:
-        raise KTError(f"--output: {output} cannot be made: {error}") from error
+        raise KTError(f"--output: cannot write to {output}: {error}") from error
     shapes = ["--model", model, "--rank", str(rank)] if model else []
-    sections = {
+    options = {
         "accuracy": ["--seed", str(seed), *shapes],
         "traps": [],
         "soak": ["--minutes", str(soak_minutes), "--seed", str(seed)],
         "throughput": shapes,
     }
     host = environment.describe()
-    console.print(_table("Environment", ("", ""), host.items()))
-    found = [_run(name, options, output, console) for name, options in sections.items()]
+    console.print(_table("Environment", ("", ""), [(name, escape(value)) for name, value in host.items()]))
+    found = [_run(name, options[name], output, console) for name in SECTIONS]
     verdict = overall(found)
     console.print(_table("Verdict", ("section", "verdict", ""), [_row(s) for s in found]))
     result = {
@@ -80,8 +85,8 @@ def verify(
         "not verified": f"kernel NOT verified on this host: {host['kernel'].removeprefix('none: ')}",
         "fail": "verification FAILED",
     }
-    console.print(f"[bold {_COLOURS[verdict]}]{words[verdict]}[/]", highlight=False)
-    console.print(f"report: {output / 'report.html'}, {output / 'report.json'}", highlight=False)
+    console.print(words[verdict], style=f"bold {results.COLOURS[verdict]}", markup=False, highlight=False)
+    console.print(f"report: {output / 'report.html'}, {output / 'report.json'}", markup=False, highlight=False)
     return int(verdict == "fail" or (verdict == "not verified" and not allow_unverified))
 
 
@@ -100,22 +105,21 @@ def page(result: dict[str, Any]) -> str:
 
 def _run(name: str, options: list[str], output: Path, console: Console) -> dict[str, Any]:
     """One section; it writes `output/<name>.json`, or did not live to."""
-    file = output / f"{name}.json"
-    file.unlink(missing_ok=True)
     console.rule(name)
     command = [sys.executable, "-m", f"ktmoe.verify.{name}", "--output", str(output), "--allow-unverified", *options]
     code = subprocess.run(command).returncode
-    if file.exists():
-        return json.loads(file.read_text())
+    if code in (0, 1):  # what `results.end` returns
+        with contextlib.suppress(OSError, ValueError):
+            return json.loads((output / f"{name}.json").read_text())
     how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
     summary = f"{name}: its process {how} before it was done"
-    console.print(f"[red]{summary}[/]")
+    console.print(summary, style="red", markup=False)
     return {"section": name, "verdict": "fail", "summary": summary, "problems": [summary], "data": {}}
 
 
 def _row(section: dict[str, Any]) -> tuple[str, str, str]:
     verdict = section["verdict"]
-    return section["section"], f"[{_COLOURS[verdict]}]{verdict}[/]", section["summary"]
+    return section["section"], f"[{results.COLOURS[verdict]}]{verdict}[/]", escape(section["summary"])
 
 
 def _table(title: str, columns: Sequence[str], rows: Any) -> Table:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,9 @@ from ktmoe import contract
 from ktmoe.backends import KERNEL_BACKENDS, kernel
 from ktmoe.models import expert_shapes
 from ktmoe.types import KTError, MoEShape
+
+
+COLOURS = {"pass": "green", "fail": "red", "not verified": "yellow"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,13 +57,37 @@ def shapes_of(model: str, rank: int) -> dict[str, MoEShape]:
     return {name if i == 0 else f"{name} ({i + 1})": shape for i, shape in enumerate(found)}
 
 
+def backends_for(shape: MoEShape, to: Console) -> list[str]:
+    """The backends of this host that can compute a layer of this shape; says which kernel ones cannot, and why."""
+    found = ["torch"]
+    for name in KERNEL_BACKENDS if kernel.available() else ():
+        try:
+            kernel.check_shape(name, shape)
+            found.append(name)
+        except KTError as error:
+            to.print(f"{name} left out: {error}", style="yellow", markup=False, highlight=False)
+    return found
+
+
+def sizes(shape: MoEShape) -> str:
+    """A shape in few letters."""
+    s = shape
+    return f"E={s.num_experts}, H={s.hidden_size}, I={s.intermediate_size}, K={s.top_k}, r={s.rank}"
+
+
 def console() -> Console:
     """For tables and progress; wide enough for a table where it goes to a file."""
     return Console(width=None if sys.stdout.isatty() else 160)
 
 
 def end(
-    to: Console, args: argparse.Namespace, section: str, problems: list[str], data: dict[str, Any], summary: str = ""
+    to: Console,
+    args: argparse.Namespace,
+    section: str,
+    measured: Collection[str],
+    problems: list[str],
+    data: dict[str, Any],
+    summary: str = "",
 ) -> int:
     """Says how a section ended and writes its results.
 
@@ -67,6 +95,7 @@ def end(
         to: where to say it.
         args: with what `add_arguments` added.
         section: its name.
+        measured: the backends that really computed something here.
         problems: what was found wrong, as sentences.
         data: what was measured; plain JSON.
         summary: what passed, one sentence; by default that the kernel did.
@@ -74,18 +103,22 @@ def end(
     Returns:
         The exit code: 0 if nothing is wrong and the kernel was measured, or need not be.
     """
+    kernels = [name for name in KERNEL_BACKENDS if name in measured]
     for problem in problems:
-        to.print(f"[red]{problem}[/]", highlight=False)
+        to.print(problem, style="red", markup=False, highlight=False)
     if problems:
         verdict, summary = "fail", f"{section} FAILED: {len(problems)} problems"
-    elif not kernel.available():
-        verdict, summary = "not verified", f"kernel NOT verified on this host: {kernel.variant()}"
+    elif not kernels:
+        why = "it did not run" if kernel.available() else kernel.variant()
+        verdict, summary = "not verified", f"kernel NOT verified on this host: {why}"
     else:
         verdict = "pass"
-        summary = summary or f"{section}: kernel verified: {kernel.variant()} ({', '.join(KERNEL_BACKENDS)})"
-    to.print(f"[{'red' if problems else 'yellow' if verdict == 'not verified' else 'green'}]{summary}[/]")
+        summary = summary or f"{section}: kernel verified: {kernel.variant()} ({', '.join(kernels)})"
+    to.print(summary, style=COLOURS[verdict], markup=False, highlight=False)
     if args.output is not None:
         args.output.mkdir(parents=True, exist_ok=True)
         text = {"section": section, "verdict": verdict, "summary": summary, "problems": problems, "data": data}
-        (args.output / f"{section}.json").write_text(json.dumps(text, indent=1) + "\n")
+        part = args.output / f"{section}.json.part"
+        part.write_text(json.dumps(text, indent=1, allow_nan=False) + "\n")
+        part.replace(args.output / f"{section}.json")  # whole or absent
     return int(verdict == "fail" or (verdict == "not verified" and not args.allow_unverified))

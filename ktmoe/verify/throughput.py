@@ -11,11 +11,12 @@ import time
 from typing import Any
 
 import torch
+from rich.markup import escape
 from rich.progress import track
 from rich.table import Table
 
 from ktmoe import contract
-from ktmoe.backends import KERNEL_BACKENDS, build, kernel, plan
+from ktmoe.backends import build, kernel, plan
 from ktmoe.config import KTConfig
 from ktmoe.interface import Backend
 from ktmoe.types import MoEShape
@@ -23,24 +24,20 @@ from ktmoe.validation import make_inputs
 from ktmoe.verify import accuracy, results
 
 
-def measure(shape: MoEShape, tokens: int, rounds: int, show: Any = iter) -> dict[str, dict[str, list[float]]]:
-    """Times every backend of this host that takes the shape.
+def measure(names: list[str], case: contract.Case, rounds: int, show: Any = iter) -> dict[str, dict[str, list[float]]]:
+    """Times backends on the same call.
 
     Args:
-        shape: of the layer.
-        tokens: in one call.
+        names: of the backends.
+        case: the layer and the call.
         rounds: timed calls of each backend, after one that is not.
         show: wraps the rounds, for a progress bar.
 
     Returns:
         By backend: seconds of every `forward` (saving) and `backward`.
     """
-    case = contract.draw_case(shape, max(tokens - 2 * (shape.num_experts - 1), 1), seed=0)
-    backends = {}
-    for name in ("torch", *(KERNEL_BACKENDS if kernel.available() else ())):
-        if accuracy.takes(name, shape):
-            decided = plan(KTConfig(kt_backend=name), shape)
-            backends[name] = build(decided, case.weights, shape, case.lora.scaling)
+    plans = {name: plan(KTConfig(kt_backend=name), case.shape) for name in names}
+    backends = {n: build(decided, case.weights, case.shape, case.lora.scaling) for n, decided in plans.items()}
     times: dict[str, dict[str, list[float]]] = {name: {"forward": [], "backward": []} for name in backends}
     for i in show(range(rounds + 1)):
         for name, backend in backends.items():
@@ -64,10 +61,11 @@ def _once(backend: Backend, case: contract.Case) -> tuple[float, float]:
     return middle - start, time.perf_counter() - middle
 
 
-def table(shape_name: str, tokens: int, times: dict[str, dict[str, list[float]]]) -> Table:
+def table(shape_name: str, shape: MoEShape, tokens: int, times: dict[str, dict[str, list[float]]]) -> Table:
     """Medians, and their ratios."""
     threads = torch.get_num_threads()
-    out = Table(title=f"{shape_name}: {tokens} tokens, {threads} torch threads, kernel {kernel.variant()}")
+    title = f"{escape(shape_name)} ({results.sizes(shape)}), {tokens} tokens"
+    out = Table(title=f"{title}\n{threads} torch threads, kernel {escape(kernel.variant())}")
     for column in ("backend", "forward, ms", "backward, ms", "backward / forward", "tokens/s, both"):
         out.add_column(column, justify="left" if column == "backend" else "right")
     for name, t in times.items():
@@ -84,19 +82,25 @@ def main(argv: list[str] | None = None) -> int:
     results.add_arguments(parser)
     results.add_model_arguments(parser)
     args = parser.parse_args(argv)
+    for option in ("tokens", "rounds"):
+        if getattr(args, option) < 1:
+            parser.error(f"--{option}: got {getattr(args, option)}; expected at least 1")
     console = results.console()
     shapes = results.model_shapes(args) or {"DeepSeek-V2-Lite": accuracy.SHAPES["DeepSeek-V2-Lite"]}
-    runs = []
+    runs: list[dict[str, Any]] = []
     for name, shape in shapes.items():
 
         def show(rounds: Any, name: str = name) -> Any:
             return track(rounds, f"Throughput, {name}", console=console, disable=not console.is_terminal)
 
-        times = measure(shape, args.tokens, args.rounds, show)
-        console.print(table(name, args.tokens, times))
+        case = contract.first_rows(contract.draw_case(shape, args.tokens, seed=0), args.tokens)
+        times = measure(results.backends_for(shape, console), case, args.rounds, show)
+        console.print(table(name, shape, args.tokens, times))
         runs.append({"shape_name": name, "shape": vars(shape), "seconds": times})
+    measured = {name for run in runs for name in run["seconds"]}
     data = {"variant": kernel.variant(), "tokens": args.tokens, "rounds": args.rounds, "runs": runs}
-    return results.end(console, args, "throughput", [], data, f"throughput measured on {', '.join(shapes)}")
+    summary = f"throughput measured: {', '.join(f'{n} ({results.sizes(s)})' for n, s in shapes.items())}"
+    return results.end(console, args, "throughput", measured, [], data, summary)
 
 
 if __name__ == "__main__":

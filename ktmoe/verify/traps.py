@@ -94,7 +94,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     console = results.console()
     if not kernel.available():
-        return results.end(console, args, "traps", [], {})
+        return results.end(console, args, "traps", (), [], {})
     found: dict[str, dict[int, list[str]]] = {}
     for name in KERNEL_BACKENDS:
         steps = track(run(name), f"Traps, {name}", len(TRAPS), console=console, disable=not console.is_terminal)
@@ -105,7 +105,7 @@ def main(argv: list[str] | None = None) -> int:
         {"number": n, "effect": t.effect, "problems": {b: rows[n] for b, rows in found.items()}}
         for n, t in sorted(TRAPS.items())
     ]
-    return results.end(console, args, "traps", problems, {"traps": traps})
+    return results.end(console, args, "traps", found, problems, {"traps": traps})
 
 
 if __name__ == "__main__":
