@@ -64,13 +64,21 @@ def layers(name):
     return sorted(found, key=lambda d: (d.tp, d.shape.num_experts * d.shape.hidden_size * d.shape.intermediate_size))
 
 
-@functools.lru_cache(maxsize=64)  # what falls out gives its kernel object to the next layer of its kind
-def built(name, layer, seed):
+def build(name, layer, seed):
     weights = contract.draw_case(layer.shape, 1, seed).weights
     if name in KERNELS:
         sizes = dict(threads=layer.tp, tp=layer.tp, max_len=layer.max_len, share_backward=layer.share_backward)
         return KernelBackend(name, weights, layer.shape, scaling=BUILT_SCALING, **sizes)
     return {"reference": ReferenceBackend, "torch": TorchBackend}[name](weights, layer.shape)
+
+
+lent = functools.lru_cache(maxsize=64)(build)  # what falls out gives its kernel object to the next layer of its kind
+kept = functools.cache(build)
+
+
+def built(name, layer, seed):
+    """A backend: mostly one on a kernel object that has held other weights before. One kind cannot be used again."""
+    return (kept if name == "AMXInt8" and not layer.share_backward else lent)(name, layer, seed)
 
 
 @dataclass(frozen=True)

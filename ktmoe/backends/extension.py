@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import importlib.metadata
 import os
 import sys
 import threading
@@ -16,6 +17,18 @@ from typing import Any, ClassVar
 from ktmoe.types import KTError
 
 
+def _version() -> str:
+    try:
+        return importlib.metadata.version("kt-kernel")
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+# K29: a task's arguments are a C++ object of some 100 bytes that the extension makes for every task and never frees.
+# Only the version that this was measured on: were they freed in another one, freeing them twice would crash.
+_TASKS_LEAK = _version() == "0.7.2"
+_free = ctypes.CDLL(None).free
+_free.argtypes, _free.restype = [ctypes.c_void_p], None
 CLASSES = {"AMXBF16": "AMXBF16_SFT_MOE", "AMXInt8": "AMXInt8_SFT_MOE"}
 
 
@@ -111,6 +124,8 @@ class Host:
             self.infer.submit(task)
         finally:  # also after Ctrl-C in between: the task's tensors must outlive it
             self.infer.sync()
+            if _TASKS_LEAK:
+                _free(task[1])
 
 
 os.register_at_fork(after_in_child=Host._forked)

@@ -1,7 +1,7 @@
 """kt_kernel's SFT operators as a backend: the only module that knows their traps.
 
 The extension takes raw pointers and checks nothing. Facts about it were measured on kt-kernel 0.7.2 (`docs/kernel.md`
-lists the traps K1 to K28 by number; the numbers in the comments here refer to that list).
+lists the traps K1 to K29 by number; the numbers in the comments here refer to that list).
 """
 
 from __future__ import annotations

@@ -39,13 +39,13 @@ class Trend:
 def trend(x: Sequence[float], y: Sequence[float]) -> Trend:
     """Fits a line by least squares.
 
-    Memory moves in steps and stays there: samples resemble their neighbours, and the textbook interval would be several
-    times too narrow. This is the equal-weighted cosine estimator that Lazarus, Lewis, Stock and Watson recommend (HAR
-    Inference, Journal of Business & Economic Statistics 36, 2018). The slope's error is a sum of scores, z = (x - mean
-    x) * residual; the variance of that sum is read off its B = 0.4 T^(2/3) slowest cosine waves, which dependent
-    samples make large, and B waves mean Student's t with B degrees of freedom. It is simpler than Newey-West and less
-    optimistic. Simulated, it leaves the true slope out in 6 to 19 % of the cases for correlations between neighbours
-    of up to 0.9, and in half of them for a random walk: whoever judges by it allows for that.
+    Memory moves in steps and stays there: samples resemble their neighbours, and the textbook interval would be
+    several times too narrow. This is the equal-weighted cosine estimator that Lazarus, Lewis, Stock and Watson
+    recommend (HAR Inference, Journal of Business & Economic Statistics 36, 2018). The slope's error is a sum of
+    scores, z = (x - mean x) * residual; the variance of that sum is read off its B = 0.4 T^(2/3) slowest cosine waves,
+    which dependent samples make large, and B waves mean Student's t with B degrees of freedom. It is simpler than
+    Newey-West and less optimistic. Simulated, it leaves the true slope out in 6 to 19 % of the cases for correlations
+    between neighbours of up to 0.9, and in half of them for a random walk: whoever judges by it has to allow for that.
 
     Args:
         x: T numbers, not all the same; the samples in their order.

@@ -387,3 +387,18 @@ def _used_memory(name: str) -> list[str]:
     for _ in range(4):
         found += _wrong(backend, case)
     return found
+
+
+@_trap(29, "every task: 100 bytes that are never freed")
+def _many_tasks(name: str) -> list[str]:
+    case = contract.first_rows(_case(), 1)
+    backend, process, held = _load(name, case, threads=1), psutil.Process(), []
+    inputs = make_inputs(
+        case.hidden_states, case.top_k_index, case.top_k_weights, case.lora, case.shape, torch.bfloat16
+    )
+    for _ in range(3):
+        for _ in range(2500):
+            backend.forward(inputs, save=False)  # two tasks
+        held.append(process.memory_full_info().uss)
+    grown = (held[-1] - held[0]) / 10_000
+    return [] if grown < 20 else [f"memory grew by {grown:.0f} bytes a task"]

@@ -7,12 +7,9 @@ are sampled, and a layer with a fixed adapter computes the same batches again: i
 from __future__ import annotations
 
 import argparse
-import ctypes
-import gc
 import math
 import tempfile
 import time
-import warnings
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -27,13 +24,14 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from ktmoe.backends import KERNEL_BACKENDS, kernel
-from ktmoe.verify import results
+from ktmoe.verify import results, usage
 from ktmoe.verify.growth import Trend, late_rise, trend
 from ktmoe.verify.tuning import Probe, Tuning
 
 
 MIB = 2**20
 COLUMNS = ("seconds", "step", "saves", "rss", "uss", "private", "threads", "descriptors", "unchanged")
+JUDGED = {"rss": "resident memory", "private": "private memory"}
 EVENTS = ("evaluations", "saves", "attachments")
 ALLOWED = MIB // 8  # bytes that memory may grow by in the judged part of a run
 PER_SAVE = 24 * 1024  # and for each adapter saved and loaded: safetensors 0.8.0 keeps two integers per tensor it reads
@@ -89,7 +87,7 @@ def run(backend: str, seconds: float, seed: int, watch: Callable[[Run], None]) -
         KernelError: the kernel failed a check.
     """
     found = Run(backend)
-    with tempfile.TemporaryDirectory() as folder, _steady():
+    with tempfile.TemporaryDirectory() as folder, usage.steady():
         tuning = Tuning(backend, seed, Path(folder))
         probe = Probe(tuning.config, seed)
         process, start, due = psutil.Process(), time.monotonic(), 0.0
@@ -100,7 +98,7 @@ def run(backend: str, seconds: float, seed: int, watch: Callable[[Run], None]) -
             if now >= due:
                 # At least 150 samples, and no more than 1,000: they take memory too.
                 due = now + max(seconds / 1000, min(1.0, seconds / 150))
-                values = (now, tuning.steps, found.events["saves"], *_usage(process), probe.unchanged)
+                values = (now, tuning.steps, found.events["saves"], *usage.measure(process), probe.unchanged)
                 for name, value in zip(COLUMNS, values, strict=True):
                     found.samples[name].append(value)
                 watch(found)
@@ -125,12 +123,12 @@ def judge(found: Run) -> None:
         return
     first = found.judged = late[0]
     found.limit = ALLOWED + PER_SAVE * (saves[-1] - saves[first])
-    for name, label in (("rss", "resident memory"), ("private", "private memory")):
+    for name, label in JUDGED.items():
         line = found.trends[name] = trend(step[first:], found.samples[name][first:])
         if line.sure_growth > found.limit:
             found.problems.append(
-                f"{label} grew by at least {line.sure_growth / MIB:.2f} MiB in {line.span:,.0f} steps, "
-                f"{line.slope / 1024:.2f} +- {line.margin / 1024:.2f} KiB per step; allowed {found.limit / MIB:.2f} MiB"
+                f"{label} grew by at least {line.sure_growth / MIB:.2f} MiB in {line.span:,.0f} steps (allowed: "
+                f"{found.limit / MIB:.2f}), {line.slope / 1024:.2f} +- {line.margin / 1024:.2f} KiB per step"
             )
     for name, label in (("threads", "threads"), ("descriptors", "open file descriptors")):
         counts = found.samples[name][first:]
@@ -146,7 +144,7 @@ def judge(found: Run) -> None:
 
 
 def _events(found: Run, tuning: Tuning, saves: float) -> None:
-    """What is due after a step: everything twice in the first ten, then `saves` of them so far, the others by steps."""
+    """What is due after a step: everything twice in the first ten, then `saves` so far, the others by steps."""
     wanted = {"evaluations": tuning.steps / 10, "saves": saves, "attachments": tuning.steps / 50}
     for name in EVENTS:
         if found.events[name] >= max(int(wanted[name]), min(2, tuning.steps // 5)):
@@ -160,46 +158,6 @@ def _events(found: Run, tuning: Tuning, saves: float) -> None:
             tuning.reattach(new=found.events[name] % 2 == 0)
     if not found.warm and all(found.events[name] >= 2 for name in EVENTS):
         found.warm = tuning.steps
-
-
-def _usage(process: psutil.Process) -> tuple[float, float, float, int, int]:
-    """RSS, USS and private memory in bytes, threads, file descriptors.
-
-    What is judged is RSS and private memory: anonymous pages, swapped out or not. USS also counts a library's pages
-    for as long as no other process uses the library, and so jumped by 70 MiB when another Python ended.
-    """
-    gc.collect()
-    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
-        trim(0)  # else a leak fills up freed memory first, some 15 MiB here, and does not show for minutes
-    threads, descriptors = process.num_threads(), process.num_fds() if hasattr(process, "num_fds") else 0
-    try:
-        lines = Path("/proc/self/smaps_rollup").read_text().splitlines()[1:]
-    except OSError:  # no Linux
-        full = process.memory_full_info()
-        return full.rss, full.uss, full.uss, threads, descriptors
-    kib = {name: int(value.split()[0]) for name, value in (line.split(":") for line in lines)}
-    parts = (("Rss",), ("Private_Clean", "Private_Dirty", "Private_Hugetlb"), ("Anonymous", "Swap"))
-    rss, uss, private = (1024 * sum(kib[name] for name in names) for names in parts)
-    return rss, uss, private, threads, descriptors
-
-
-@contextmanager
-def _steady() -> Iterator[None]:
-    """Takes out what would move memory by itself, and the warnings of a model that has no folder on disk."""
-    gc.collect()
-    gc.freeze()  # what is there already, a million objects, need not be looked at before every sample
-    prctl = getattr(ctypes.CDLL(None), "prctl", None)
-    huge = 41  # PR_SET_THP_DISABLE: the system merges pages to huge ones when it finds the time
-    try:
-        if prctl:
-            prctl(huge, 1, 0, 0, 0)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Could not find a config file")
-            yield
-    finally:
-        if prctl:
-            prctl(huge, 0, 0, 0, 0)
-        gc.unfreeze()
 
 
 def table(runs: list[Run]) -> Table:
@@ -235,18 +193,22 @@ def draw(runs: list[Run], path: Path) -> None:
     figure = Figure(figsize=(6 * len(runs), 3.6), layout="constrained")
     for axis, r in zip(figure.subplots(1, len(runs), squeeze=False)[0], runs, strict=True):
         step = r.samples["step"]
-        for name, colour in (("rss", "tab:blue"), ("private", "tab:orange")):
+        for (name, label), colour in zip(JUDGED.items(), ("tab:blue", "tab:orange"), strict=True):
             base = r.samples[name][r.judged]
-            label = f"{name.upper() if name == 'rss' else name}, from {base / MIB:.1f} MiB"
-            axis.plot(step, [(v - base) / MIB for v in r.samples[name]], ".", ms=3, color=colour, label=label)
+            rise = [(v - base) / MIB for v in r.samples[name]]
+            axis.plot(step, rise, ".", ms=3, color=colour, label=f"{label}, from {base / MIB:.1f} MiB")
             if line := r.trends.get(name):
                 ends = [step[r.judged], step[-1]]
                 middle = sum(step[r.judged :]) / len(step[r.judged :])
                 fit = [(line.level - base + line.slope * (x - middle)) / MIB for x in ends]
                 axis.plot(ends, fit, color=colour, lw=1)
         axis.axvspan(step[0], step[r.judged], color="0.9")
-        allowed = max(r.limit, ALLOWED) / MIB
-        axis.set(title=r.backend, xlabel="steps", ylabel="memory, MiB", ylim=(-3 * allowed, 3 * allowed))
+        rises = [(v - r.samples[name][r.judged]) / MIB for name in JUDGED for v in r.samples[name][r.judged :]]
+        low, high = (
+            min(rises) - ALLOWED / MIB,
+            max(rises) + ALLOWED / MIB,
+        )  # what the warm-up takes would hide the rest
+        axis.set(title=r.backend, xlabel="steps", ylabel="memory, MiB", ylim=(low, high))
         axis.legend(frameon=False)
     figure.savefig(path, dpi=120)
 

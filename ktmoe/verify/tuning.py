@@ -1,9 +1,10 @@
-"""A small Qwen3-MoE that is fine-tuned the way users do it in a long run: train, evaluate, save, load, attach again."""
+"""A small Qwen3-MoE, fine-tuned the way users do it in a long run: train, evaluate, save, load, attach again."""
 
 from __future__ import annotations
 
 import gc
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,8 @@ from ktmoe.types import MoEShape
 
 
 MAX_LEN = 64  # tokens per kernel call: half of the batches run in chunks
-# (sequences, tokens each). A fixed list, since PyTorch keeps compiled code for every size that it meets: batches of any
-# size would look like a leak for hours. Odd in number, so that each meets both kinds of checkpointing.
+# (sequences, tokens each). A fixed list, since PyTorch keeps compiled code for every size that it meets: batches of
+# any size would look like a leak for hours. Odd in number, so that each meets both kinds of checkpointing.
 BATCHES = ((1, 5), (2, 40), (1, 64), (3, 16), (1, 33), (2, 50), (1, 90), (2, 11), (1, 65))
 _VOCABULARY = 128
 _SHAPE = MoEShape(num_experts=8, hidden_size=64, intermediate_size=64, top_k=2, rank=4)
@@ -91,7 +92,9 @@ class Tuning:
     def save_and_load(self) -> None:
         """Saves the adapter, loads it a second time beside itself, computes with that one, and deletes it."""
         expected = self.evaluate()
-        self.model.save_pretrained(self.folder)
+        with warnings.catch_warnings():  # peft looks for the base model's folder, and there is none
+            warnings.filterwarnings("ignore", message="Could not find a config file")
+            self.model.save_pretrained(self.folder)
         self.model.load_adapter(self.folder, "again")
         self.model.set_adapter("again")
         self._compare("an adapter that was saved and loaded", expected)
@@ -106,7 +109,7 @@ class Tuning:
                 detached and attached again.
         """
         expected = self.evaluate()
-        # Through memory: files have their own turn in `save_and_load`, and reading them leaks (see `soak.PER_SAVE`).
+        # Through memory: files have their own turn in `save_and_load`, and reading them leaks (`soak.PER_SAVE`).
         adapter = {name: p.detach().clone() for name, p in self.model.named_parameters() if p.requires_grad}
         del self._optimizer
         if new:
