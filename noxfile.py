@@ -36,7 +36,6 @@ CONTRACT = [
         "mutants",
         "gate",
         "amx_emulation",
-        "verify",
     )
 ]
 

@@ -52,6 +52,7 @@ def test_every_mutant_is_rejected(name, fault):
 
 
 @every_kind
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("seeds", [range(20), pytest.param(range(1000), marks=pytest.mark.slow)], ids=["20", "1000"])
 def test_no_false_alarm(name, seeds):
     alarms = {}

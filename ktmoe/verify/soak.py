@@ -31,6 +31,7 @@ from ktmoe.verify.tuning import Probe, Tuning
 
 MIB = 2**20
 COLUMNS = ("seconds", "step", "saves", "rss", "uss", "private", "threads", "descriptors", "unchanged")
+SETTLED = 20  # steps that memory needs at the start, also where a busy machine takes most of the warm-up for them
 JUDGED = {"rss": "resident memory", "private": "private memory"}
 EVENTS = ("evaluations", "saves", "attachments")
 ALLOWED = MIB // 8  # bytes that memory may grow by in the judged part of a run
@@ -45,7 +46,7 @@ class Run:
         backend: its name.
         samples: by the names of `COLUMNS`; memory in bytes.
         events: how often each of `EVENTS` happened.
-        warm: the step by which each of them had happened twice; 0 if that never was.
+        warm: the step by which each of them had happened twice and memory had settled; 0 if that never was.
         tokens: trained on.
         losses: of the first and of the last step.
         problems: what was wrong, as sentences.
@@ -106,7 +107,7 @@ def run(backend: str, seconds: float, seed: int, watch: Callable[[Run], None]) -
                 found.problems.append(f"step {tuning.steps}: the loss is {loss}")
                 break
         found.tokens = tuning.tokens
-        found.problems += tuning.mismatches
+        found.problems += tuning.mismatches[:3]
     judge(found)
     return found
 
@@ -114,9 +115,14 @@ def run(backend: str, seconds: float, seed: int, watch: Callable[[Run], None]) -
 def judge(found: Run) -> None:
     """Fits the trends and adds what is wrong to `problems`.
 
-    The first fifth of the samples is warm-up, and more if some event had not happened twice by then.
+    The first fifth of the samples is warm-up, and more if something had not happened twice by then.
     """
     step, saves = found.samples["step"], found.samples["saves"]
+    changed = [int(s) for s, same in zip(step, found.samples["unchanged"], strict=True) if not same]
+    if changed:
+        found.problems.append(
+            f"outputs of the fixed probe: other bits in {len(changed)} samples, from step {changed[0]}"
+        )
     late = [i for i, s in enumerate(step) if found.warm and s > found.warm and i >= len(step) / 5]
     if len(late) < 20:
         found.problems.append(f"too short to judge: {len(late)} samples after warm-up, expected at least 20")
@@ -136,11 +142,6 @@ def judge(found: Run) -> None:
             found.problems.append(
                 f"{label}: up to {max(counts):.0f} at the end, {late_rise(counts):.0f} more than early"
             )
-    changed = [int(s) for s, same in zip(step, found.samples["unchanged"], strict=True) if not same]
-    if changed:
-        found.problems.append(
-            f"outputs of the fixed probe: other bits in {len(changed)} samples, from step {changed[0]}"
-        )
 
 
 def _events(found: Run, tuning: Tuning, saves: float) -> None:
@@ -156,7 +157,7 @@ def _events(found: Run, tuning: Tuning, saves: float) -> None:
             tuning.save_and_load()
         else:
             tuning.reattach(new=found.events[name] % 2 == 0)
-    if not found.warm and all(found.events[name] >= 2 for name in EVENTS):
+    if not found.warm and tuning.steps >= SETTLED and all(found.events[name] >= 2 for name in EVENTS):
         found.warm = tuning.steps
 
 
@@ -204,11 +205,8 @@ def draw(runs: list[Run], path: Path) -> None:
                 axis.plot(ends, fit, color=colour, lw=1)
         axis.axvspan(step[0], step[r.judged], color="0.9")
         rises = [(v - r.samples[name][r.judged]) / MIB for name in JUDGED for v in r.samples[name][r.judged :]]
-        low, high = (
-            min(rises) - ALLOWED / MIB,
-            max(rises) + ALLOWED / MIB,
-        )  # what the warm-up takes would hide the rest
-        axis.set(title=r.backend, xlabel="steps", ylabel="memory, MiB", ylim=(low, high))
+        around = (min(rises) - ALLOWED / MIB, max(rises) + ALLOWED / MIB)  # the warm-up's rise would hide the others
+        axis.set(title=r.backend, xlabel="steps", ylabel="memory, MiB", ylim=around)
         axis.legend(frameon=False)
     figure.savefig(path, dpi=120)
 
