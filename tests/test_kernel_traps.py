@@ -296,7 +296,7 @@ def test_an_interrupted_call_ends_before_its_tensors(name):
     """Ctrl-C between submitting a task and waiting for it left the kernel writing into freed memory."""
     done = run_python(f"""
         import random, signal, torch
-        from helpers import call, gradients, module
+        from helpers import call, gradients, module, relative
         experts = module({name!r})
         x, i, w = call(experts, tokens=200)
         def step():
@@ -314,8 +314,8 @@ def test_an_interrupted_call_ends_before_its_tensors(name):
             except KeyboardInterrupt:
                 interrupted += 1
         signal.setitimer(signal.ITIMER_REAL, 0)
-        assert all(torch.equal(a, b) for a, b in zip(step(), expected, strict=True))
-        print(interrupted > 20)
+        # Not the same bits: the kernel's threads add up in another order each time.
+        print(interrupted > 20 and max(map(relative, step(), expected)) < 1e-6)
     """)
     assert done.stdout == "True\n", done.stderr
 

@@ -109,20 +109,22 @@ def test_too_short_to_judge():
 
 @pytest.fixture
 def steps(monkeypatch):
-    """A clock that only steps move, a twentieth of a second each: equally many, however busy the machine is.
+    """Runs of 27 steps: a clock that only steps move, so that they are as many, however busy the machine is.
 
-    A limit for so few steps too: a third of the planted leak, since memory has hardly settled.
+    They are judged by the last 16, with a limit that goes with it: a third of the planted leak.
     """
     made, step = [], tuning.Tuning.step
     monkeypatch.setattr(tuning.Tuning, "step", lambda self: (made.append(1), step(self))[1])
     monkeypatch.setattr(soak, "time", types.SimpleNamespace(monotonic=lambda: len(made) / 20))
     monkeypatch.setattr(tuning, "BATCHES", ((1, 5), (2, 11), (1, 70)))
-    monkeypatch.setattr(soak, "ALLOWED", 22 * 64 * KIB / 3)
+    monkeypatch.setattr(soak, "SETTLED", 11)
+    monkeypatch.setattr(soak, "ENOUGH", 15)
+    monkeypatch.setattr(soak, "ALLOWED", 16 * 64 * KIB / 3)
 
 
 def finish(capsys, tmp_path, *arguments):
     """Exit code, output and result of the command."""
-    code = soak.main(["--minutes", "0.035", "--output", str(tmp_path / "new"), *arguments])
+    code = soak.main(["--minutes", "0.022", "--output", str(tmp_path / "new"), *arguments])
     assert (tmp_path / "new" / "soak.png").read_bytes().startswith(b"\x89PNG")
     return code, capsys.readouterr().out, json.loads((tmp_path / "new" / "soak.json").read_text())
 

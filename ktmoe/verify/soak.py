@@ -31,11 +31,14 @@ from ktmoe.verify.tuning import Probe, Tuning
 
 MIB = 2**20
 COLUMNS = ("seconds", "step", "saves", "rss", "uss", "private", "threads", "descriptors", "unchanged")
-SETTLED = 20  # steps that memory needs at the start, also where a busy machine takes most of the warm-up for them
 JUDGED = {"rss": "resident memory", "private": "private memory"}
 EVENTS = ("evaluations", "saves", "attachments")
-ALLOWED = MIB // 8  # bytes that memory may grow by in the judged part of a run
-PER_SAVE = 24 * 1024  # and for each adapter saved and loaded: safetensors 0.8.0 keeps two integers per tensor it reads
+SETTLED = 20  # steps that memory needs at the start, also where a busy machine makes few of them
+ENOUGH = 20  # samples to judge by
+# Bytes that memory may grow by in the judged part of a run. Clean runs of a minute were sure to grow by 0.18 MiB at
+# most, where a busy machine made 100 steps of them; a leak of 1 KiB per step needs some 300 steps to be found.
+ALLOWED = 3 * MIB // 16
+PER_SAVE = 32 * 1024  # more for each adapter saved and loaded: safetensors 0.8.0 keeps two integers per tensor read
 
 
 @dataclass
@@ -97,8 +100,8 @@ def run(backend: str, seconds: float, seed: int, watch: Callable[[Run], None]) -
             found.losses = (found.losses[0] or loss, loss)
             _events(found, tuning, max(6 * now / seconds, now / 60))
             if now >= due:
-                # At least 150 samples, and no more than 1,000: they take memory too.
-                due = now + max(seconds / 1000, min(1.0, seconds / 150))
+                # At least 120 samples, and no more than 1,000: they take memory too.
+                due = now + max(seconds / 1000, min(1.0, seconds / 120))
                 values = (now, tuning.steps, found.events["saves"], *usage.measure(process), probe.unchanged)
                 for name, value in zip(COLUMNS, values, strict=True):
                     found.samples[name].append(value)
@@ -124,8 +127,8 @@ def judge(found: Run) -> None:
             f"outputs of the fixed probe: other bits in {len(changed)} samples, from step {changed[0]}"
         )
     late = [i for i, s in enumerate(step) if found.warm and s > found.warm and i >= len(step) / 5]
-    if len(late) < 20:
-        found.problems.append(f"too short to judge: {len(late)} samples after warm-up, expected at least 20")
+    if len(late) < ENOUGH:
+        found.problems.append(f"too short to judge: {len(late)} samples after warm-up, expected at least {ENOUGH}")
         return
     first = found.judged = late[0]
     found.limit = ALLOWED + PER_SAVE * (saves[-1] - saves[first])
