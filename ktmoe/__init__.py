@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from ktmoe.adapters import get_peft_model, load_adapter
     from ktmoe.config import KTConfig
     from ktmoe.experts import MoEExperts
+    from ktmoe.loading import load_model
     from ktmoe.models import attach, detach
     from ktmoe.types import ExpertWeights, KernelError, KTError
 
@@ -28,6 +29,7 @@ _HOME = {
     "detach": "models",
     "get_peft_model": "adapters",
     "load_adapter": "adapters",
+    "load_model": "loading",
 }
 
 __all__ = [
@@ -40,6 +42,7 @@ __all__ = [
     "detach",
     "get_peft_model",
     "load_adapter",
+    "load_model",
 ]
 
 

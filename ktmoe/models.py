@@ -12,6 +12,8 @@ from tqdm.auto import tqdm
 
 from ktmoe.adapters import check_lora_config, get_peft_model
 from ktmoe.backends import kernel, plan
+from ktmoe.checkpoint import Checkpoint
+from ktmoe.checkpoint_names import CheckpointNames
 from ktmoe.config import KTConfig
 from ktmoe.experts import MoEExperts
 from ktmoe.peft_layer import LoraExperts
@@ -23,7 +25,12 @@ if TYPE_CHECKING:
 
 
 def attach(
-    model: nn.Module, config: KTConfig | None = None, lora: LoraConfig | None = None, r: int | None = None
+    model: nn.Module,
+    config: KTConfig | None = None,
+    lora: LoraConfig | None = None,
+    r: int | None = None,
+    *,
+    checkpoint: Checkpoint | None = None,
 ) -> nn.Module:
     """Moves the routed experts of a model that is in memory to ktmoe, in place.
 
@@ -35,6 +42,7 @@ def attach(
         lora: if given, the adapter is added too, on the experts and on the rest.
         r: the largest LoRA rank that adapters will have, where `lora` does not say it. With neither, the experts are
             loaded when they are first needed.
+        checkpoint: the files that the experts come from, where the model has them without weights.
 
     Returns:
         The model, or a PeftModel around it if `lora` was given.
@@ -49,19 +57,28 @@ def attach(
         check_lora_config(lora)
     found = _find(model)
     tensors = {name: _host_tensors(module) for name, (module, _) in found.items()}
-    replaced = {name: MoEExperts(_weights(*tensors[name]), top_k=k, config=config) for name, (_, k) in found.items()}
+    weights = {name: _weights(*pair) for name, pair in tensors.items()}
+    if checkpoint is not None:
+        sizes = {name: (w.num_experts, w.intermediate_size, w.hidden_size) for name, w in weights.items()}
+        weights = checkpoint.experts(sizes, CheckpointNames(model, found))
+    replaced = {name: MoEExperts(weights[name], top_k=k, config=config) for name, (_, k) in found.items()}
     for name, experts in replaced.items():
-        _check_loaded(name, found[name][0])
+        if checkpoint is None:
+            _check_loaded(name, found[name][0])
         plan(config, experts.shape(rank or 1))
     if rank:  # before the model is touched: a kernel that fails its checks leaves it as it was
-        for experts in tqdm(replaced.values(), desc="Loading experts", unit="layer", disable=len(replaced) < 8):
-            experts.load(rank)
+        size = sum(w.nbytes() for w in weights.values())
+        with tqdm(total=size, desc="Loading experts", unit="B", unit_scale=True, disable=len(replaced) < 8) as bar:
+            for experts in replaced.values():
+                experts.load(rank)
+                bar.update(experts.weights.nbytes())
     for name, experts in replaced.items():
         module = found[name][0]
-        module.gate_up_proj.data, module.down_proj.data = tensors[name]  # a copy that was on a GPU is freed
-        experts.original = (module,)
+        if checkpoint is None:
+            module.gate_up_proj.data, module.down_proj.data = tensors[name]  # a copy that was on a GPU is freed
+            experts.original = (module,)
         experts.train(module.training)
-        _put(model, name, experts)
+        put(model, name, experts)
     if hasattr(model, "save_pretrained"):
         cast(Any, model).save_pretrained = functools.partial(_refuse_save, type(model).__name__)
     return model if lora is None else get_peft_model(model, lora)
@@ -71,7 +88,8 @@ def detach(model: nn.Module) -> nn.Module:
     """Gives an attached model transformers' own experts back, in place and on the CPU, and closes the backends.
 
     Raises:
-        KTError: nothing is attached, or adapters are still around the experts. The model stays as it was.
+        KTError: nothing is attached, adapters are still around the experts, or `load_model` made the model. It stays
+            as it was.
     """
     layers = moe_layers(model)
     if not layers:
@@ -81,8 +99,13 @@ def detach(model: nn.Module) -> nn.Module:
             "detach: adapters are around the routed experts. Save them if they are wanted, take them off with "
             "`model = peft_model.unload()`, and detach that model."
         )
+    if not all(experts.original for experts in layers.values()):
+        raise KTError(
+            "detach: this model's routed experts were streamed from disk and are nowhere in memory. Load the model "
+            "with transformers instead."
+        )
     for name, experts in layers.items():
-        _put(model, name, experts.original[0].train(experts.training))
+        put(model, name, experts.original[0].train(experts.training))
         experts.close()
     vars(model).pop("save_pretrained", None)
     return model
@@ -136,7 +159,7 @@ def unwrapped_layers(model: nn.Module) -> list[str]:
     return [
         name
         for name, m in model.named_modules()
-        if _looks_like_experts(name, m)
+        if looks_like_experts(name, m)
         and not isinstance(m, (MoEExperts, LoraExperts))
         and not name.startswith(ours or ("\0",))
     ]
@@ -169,7 +192,8 @@ def summary(model: nn.Module) -> list[str]:
     ]
 
 
-def _put(model: nn.Module, name: str, module: nn.Module) -> None:
+def put(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Puts a module in the place of the one of that name."""
     parent, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(parent), leaf, module)
 
@@ -179,7 +203,7 @@ def _find(model: nn.Module) -> dict[str, tuple[nn.Module, int]]:
     if moe_layers(model):
         raise KTError("This model's routed experts are attached already.")
     modules = model.named_modules(remove_duplicate=False)
-    found = {name: m for name, m in modules if name and _looks_like_experts(name, m)}
+    found = {name: m for name, m in modules if name and looks_like_experts(name, m)}
     if len(set(map(id, found.values()))) < len(found):
         raise KTError(f"{type(model).__name__}: layers share their experts module; ktmoe takes one per layer.")
     if not found:
@@ -197,7 +221,7 @@ def _find(model: nn.Module) -> dict[str, tuple[nn.Module, int]]:
     return {name: (m, _top_k(model, name)) for name, m in found.items()}
 
 
-def _looks_like_experts(name: str, module: nn.Module) -> bool:
+def looks_like_experts(name: str, module: nn.Module) -> bool:
     """Stacked weights [E, ...] of a gated MLP, or a list of expert modules, whatever the class is called."""
     stacked = [p for p in module.parameters(recurse=False) if p.dim() == 3]
     is_list = isinstance(module, nn.ModuleList) and name.rsplit(".", 1)[-1] == "experts" and len(module) > 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Union
+from typing import Any, Union
 
 import torch
 from ktmoe_reference import LORA_NAMES
@@ -56,6 +56,7 @@ class ExpertWeights:
     The kernel packs them while loading: changes in place afterwards are not seen.
 
     Each projection is a stacked tensor or a sequence of E matrices (checkpoints hold the latter; stacking would copy).
+    A sequence that makes its matrices when asked for them has a `shape` [E, ...] and a `dtype`, as a tensor has.
 
     Attributes:
         gate_proj: [E, I, H].
@@ -74,21 +75,22 @@ class ExpertWeights:
             raise KTError(
                 f"ExpertWeights: the projections hold {lengths} experts; expected one equal number above zero."
             )
-        if self.gate_proj[0].dim() != 2:
-            raise KTError(f"ExpertWeights: gate_proj[0] has shape {tuple(self.gate_proj[0].shape)}; expected [I, H].")
-        i, h = self.gate_proj[0].shape
-        dtype = self.gate_proj[0].dtype
+        size, dtype = _matrix(self.gate_proj, 0)
+        if len(size) != 2:
+            raise KTError(f"ExpertWeights: gate_proj[0] has shape {size}; expected [I, H].")
+        i, h = size
         if dtype not in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
             raise KTError(
                 f"ExpertWeights: gate_proj is {dtype}; expected bfloat16, float16 or float32. Quantised checkpoints "
                 "must be dequantised first."
             )
         for name, shape in (("gate_proj", (i, h)), ("up_proj", (i, h)), ("down_proj", (h, i))):
-            for e, w in enumerate(getattr(self, name)):
-                if tuple(w.shape) != shape or w.dtype != dtype:
+            stack = getattr(self, name)
+            for e in range(1 if hasattr(stack, "shape") else len(stack)):
+                size, other = _matrix(stack, e)
+                if size != shape or other != dtype:
                     raise KTError(
-                        f"ExpertWeights: {name}[{e}] is {w.dtype} {tuple(w.shape)}; expected {dtype} {shape}, to fit "
-                        "gate_proj[0]."
+                        f"ExpertWeights: {name}[{e}] is {other} {size}; expected {dtype} {shape}, to fit gate_proj[0]."
                     )
 
     @property
@@ -99,17 +101,17 @@ class ExpertWeights:
     @property
     def hidden_size(self) -> int:
         """H."""
-        return self.gate_proj[0].shape[1]
+        return _matrix(self.gate_proj, 0)[0][1]
 
     @property
     def intermediate_size(self) -> int:
         """I."""
-        return self.gate_proj[0].shape[0]
+        return _matrix(self.gate_proj, 0)[0][0]
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype that the weights are held in."""
-        return self.gate_proj[0].dtype
+        return _matrix(self.gate_proj, 0)[1]
 
     def expert(self, e: int) -> tuple[Tensor, Tensor, Tensor]:
         """Gate, up [I, H] and down [H, I] of expert `e`: views, no copies."""
@@ -117,7 +119,14 @@ class ExpertWeights:
 
     def nbytes(self) -> int:
         """Bytes of all weights in the dtype they are held in."""
-        return 3 * self.num_experts * self.hidden_size * self.intermediate_size * self.gate_proj[0].element_size()
+        return 3 * self.num_experts * self.hidden_size * self.intermediate_size * torch.finfo(self.dtype).bits // 8
+
+
+def _matrix(stack: Stack, e: int) -> tuple[tuple[int, ...], torch.dtype]:
+    """Size and dtype of one expert's matrix, without making it where the stack says it for all."""
+    shape = getattr(stack, "shape", None)
+    one: Any = stack[e] if shape is None else stack
+    return tuple(one.shape if shape is None else shape[1:]), one.dtype
 
 
 @dataclass(frozen=True)

@@ -210,9 +210,13 @@ def test_a_dense_model(train, tmp_path):
 
 def test_a_quantised_model(train, model):
     config = json.loads((model / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "fp8"}
+    config["quantization_config"] = {"quant_method": "gptq"}
     (model / "config.json").write_text(json.dumps(config))
-    assert "quantised (fp8); expected bf16" in refused(train)
+    assert "quantised (gptq); expected bf16" in refused(train)
+    config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    (model / "config.json").write_text(json.dumps(config))
+    with pytest.raises(Loaded):  # dequantised while streaming
+        train()
 
 
 def test_sizes_that_the_kernel_cannot_take(train, model):

@@ -11,11 +11,13 @@ from typing import Any
 from unittest import mock
 
 from ktmoe import adapters
+from ktmoe.checkpoint import Checkpoint
 from ktmoe.llamafactory import keys, preflight
 from ktmoe.llamafactory.arguments import extend, kt_config
 from ktmoe.llamafactory.audio import torchaudio_stand_in
 from ktmoe.llamafactory.native import native_class, native_config
-from ktmoe.models import attach, moe_layers, summary, unwrapped_layers
+from ktmoe.loading import forget_fp8, stream, without_experts
+from ktmoe.models import moe_layers, summary, unwrapped_layers
 from ktmoe.types import KTError
 
 
@@ -50,6 +52,7 @@ def install() -> None:
         (data_parser, "get_dataset_list", _user_errors),
         (data, "_load_single_dataset", _user_errors),
         (loader, "load_tokenizer", _load_tokenizer),
+        (loader, "load_config", _load_config),
         (loader, "load_model", _load_model),
         (loader, "init_adapter", _init_adapter),
     ):
@@ -192,6 +195,16 @@ def _load_tokenizer(original: Any) -> Any:
     return load_tokenizer
 
 
+def _load_config(original: Any) -> Any:
+    def load_config(model_args: Any) -> Any:
+        config = original(model_args)
+        if model_args.use_kt:
+            forget_fp8(config)  # `stream` dequantises; LLaMA-Factory and transformers need a GPU for it
+        return config
+
+    return load_config
+
+
 def _load_model(original: Any) -> Any:
     def load_model(tokenizer: Any, model_args: Any, *args: Any, **kwargs: Any) -> Any:
         native = _native(model_args)
@@ -200,10 +213,22 @@ def _load_model(original: Any) -> Any:
             _logger().info_rank0(
                 f"trust_remote_code: the model is transformers' own ({native}); its remote code is not run."
             )
-        with native_config(native), mock.patch.object(model_args, "trust_remote_code", trust and not native):
+        if model_args.use_kt:
+            _checkpoint(model_args)  # damaged files are refused before anything is loaded
+        streamed = without_experts() if model_args.use_kt else contextlib.nullcontext()
+        with native_config(native), mock.patch.object(model_args, "trust_remote_code", trust and not native), streamed:
             return original(tokenizer, model_args, *args, **kwargs)
 
     return load_model
+
+
+def _checkpoint(model_args: Any) -> Checkpoint:
+    return Checkpoint(
+        model_args.model_name_or_path,
+        cache_dir=model_args.cache_dir,
+        revision=model_args.model_revision,
+        token=model_args.hf_hub_token,
+    )
 
 
 def _native(model_args: Any) -> str:
@@ -219,7 +244,8 @@ def _init_adapter(original: Any) -> Any:
         if not model_args.use_kt:
             return original(config, model, model_args, finetuning_args, is_trainable)
         with _adapter_functions(), _warnings_to_log():
-            model = attach(model, kt_config(model_args), r=preflight.largest_rank(model_args, finetuning_args))
+            rank = preflight.largest_rank(model_args, finetuning_args)
+            model = stream(model, _checkpoint(model_args), kt_config(model_args), r=rank)
             model = original(config, model, model_args, finetuning_args, is_trainable)
         left = unwrapped_layers(model)
         if left or not moe_layers(model):

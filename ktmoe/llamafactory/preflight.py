@@ -134,8 +134,8 @@ def check_loading(model_args: Any, finetuning_args: Any) -> None:
     if quantized:
         method = quantized.get("quant_method") if isinstance(quantized, dict) else type(quantized).__name__
         raise KTError(
-            f"model_name_or_path: the checkpoint is quantised ({method}); expected bf16 weights. Take the bf16 "
-            "release, or dequantise it first."
+            f"model_name_or_path: the checkpoint is quantised ({method}); expected bf16 weights, or FP8 with block "
+            "scales. Take the bf16 release, or dequantise it first."
         )
     check_model(model_config, config, largest_rank(model_args, finetuning_args))
     if not model_args.adapter_name_or_path:

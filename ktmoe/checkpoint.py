@@ -1,0 +1,219 @@
+"""A checkpoint's safetensors files, and the routed experts in them as memory-mapped tensors.
+
+Only headers are read to find the experts: their bytes are paged in by the kernel of the operating system when somebody
+computes with them, and dropped by it when memory gets scarce.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ktmoe.checkpoint_names import CheckpointNames, ExpertKey
+from ktmoe.fp8 import BlockFP8
+from ktmoe.types import PROJECTIONS, ExpertWeights, KTError, Stack
+
+
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+HUB = ("subfolder", "revision", "cache_dir", "token", "force_download", "local_files_only")
+_SCALE = "_scale_inv"  # what DeepSeek-V3 adds to the name of an FP8 matrix for its block scales
+_FLOATS = ("BF16", "F16", "F32", "F64")
+
+
+class Checkpoint:
+    """The safetensors files of a model.
+
+    Attributes:
+        path: as the user gave it.
+        shapes: of every tensor in the files, by key.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], **hub: Any) -> None:
+        """Finds the files and reads their headers.
+
+        Args:
+            path: a directory, or a name on the hub.
+            **hub: `revision`, `cache_dir`, `token` ... as transformers takes them.
+
+        Raises:
+            KTError: no safetensors, a shard that is missing or damaged, or a key that two shards hold.
+        """
+        self.path = str(path)
+        self._opened: dict[str, Any] = {}  # key -> the open file that holds it
+        self._file: dict[str, str] = {}
+        self._dtypes: dict[str, str] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        hub = {k: v for k, v in hub.items() if k in HUB and v is not None}
+        self._block = _fp8_block(_file(self.path, "config.json", hub))
+        files, expected = _files(self.path, hub)
+        for file in files:
+            self._open(file)
+        lost = sorted(set(expected) - set(self.shapes))
+        if lost:
+            raise KTError(
+                f"{self.path}: {INDEX} promises {len(lost)} tensors that its shards do not hold, e.g. {lost[0]} in "
+                f"{expected[lost[0]]}. Download the checkpoint again."
+            )
+
+    def fp8_keys(self) -> list[str]:
+        """The FP8 matrices that have block scales."""
+        return [k for k, dtype in self._dtypes.items() if dtype == "F8_E4M3" and f"{k}{_SCALE}" in self.shapes]
+
+    def dequantise(self, key: str) -> Tensor:
+        """One of `fp8_keys`, in bf16."""
+        return BlockFP8([self._tensor(key)], [self._tensor(f"{key}{_SCALE}")], self._block)[0]
+
+    def _open(self, file: str) -> None:
+        try:
+            opened = safe_open(file, "pt")
+        except (SafetensorError, OSError) as error:
+            raise KTError(f"{file}: damaged or not a safetensors file ({error}). Download it again.") from error
+        for key in opened.keys():
+            if key in self._opened:
+                raise KTError(
+                    f"{key} is in two files of {self.path}: {self._file[key]} and {file}. Delete one of them."
+                )
+            header = opened.get_slice(key)
+            self._opened[key], self._file[key] = opened, file
+            self.shapes[key], self._dtypes[key] = tuple(header.get_shape()), header.get_dtype()
+
+    def experts(self, sizes: Mapping[str, tuple[int, int, int]], names: CheckpointNames) -> dict[str, ExpertWeights]:
+        """The routed experts of every layer: views of the files, nothing is copied.
+
+        Args:
+            sizes: [E, I, H] of every layer, by module name.
+            names: how this model's checkpoints name them.
+
+        Raises:
+            KTError: matrices that are missing, there twice, of another shape, or quantised in a way that is not read.
+        """
+        found: dict[str, dict[tuple[str, int | None], tuple[str, ExpertKey]]] = {name: {} for name in sizes}
+        for key in self.shapes:
+            place = None if key.endswith(_SCALE) else names.place(key)
+            if place is None or place.layer not in found:  # not an expert, or a layer that the model does not build
+                continue
+            other = found[place.layer].setdefault((place.projection, place.expert), (key, place))
+            if other[0] != key:
+                raise KTError(f"{self.path}: {key} and {other[0]} are the same matrix. Keep one of them.")
+        expected = {name: _expected(size[0], found[name]) for name, size in sizes.items()}
+        for what, counted in (
+            ("missing", [(n, m) for n in sizes for m in expected[n] if m not in found[n]]),
+            ("too many", [(n, m) for n in sizes for m in found[n] if m not in expected[n]]),
+        ):
+            if counted:
+                shown = ", ".join(
+                    ".".join(str(part) for part in (n, e, p) if part is not None) for n, (p, e) in counted[:3]
+                )
+                raise KTError(
+                    f"{self.path}: {len(counted)} matrices of the routed experts are {what}, e.g. {shown}. The files "
+                    "or config.json are incomplete or of another model."
+                )
+        return {name: ExpertWeights(*self._stacks(found[name], size)) for name, size in sizes.items()}
+
+    def _stacks(self, found: Mapping[Any, tuple[str, ExpertKey]], size: tuple[int, int, int]) -> list[Stack]:
+        e, i, h = size
+        shapes = {"gate_proj": (i, h), "up_proj": (i, h), "down_proj": (h, i)}
+        if ("down_proj", None) in found:
+            gate_up = self._fused(*found["gate_up_proj", None], (e, 2 * i, h))
+            down = self._fused(*found["down_proj", None], (e, h, i))
+            return [gate_up[:, :i], gate_up[:, i:], down]
+        return [self._matrices([found[p, n][0] for n in range(e)], shapes[p]) for p in PROJECTIONS]
+
+    def _fused(self, key: str, place: ExpertKey, shape: tuple[int, int, int]) -> Tensor:
+        there = self.shapes[key]
+        if self._dtypes[key] not in _FLOATS:
+            raise KTError(f"{self._file[key]}: {key} is {self._dtypes[key]}; {_PLAIN}")
+        if place.transposed and there != shape and there == (shape[0], shape[2], shape[1]):
+            return self._tensor(key).mT
+        self._check_shape(key, shape)
+        return self._tensor(key)
+
+    def _matrices(self, keys: Sequence[str], shape: tuple[int, int]) -> Stack:
+        for key in keys:
+            self._check_shape(key, shape)
+        quantised = {self._dtypes[key] for key in keys} == {"F8_E4M3"}
+        for key in keys:
+            if self._dtypes[key] not in _FLOATS and not quantised:
+                raise KTError(f"{self._file[key]}: {key} is {self._dtypes[key]}; {_PLAIN}")
+            if quantised and f"{key}{_SCALE}" not in self.shapes:
+                raise KTError(f"{self._file[key]}: {key} is FP8 without block scales ({key}{_SCALE}). {_PLAIN}")
+        matrices = [self._tensor(key) for key in keys]
+        return (
+            BlockFP8(matrices, [self._tensor(f"{key}{_SCALE}") for key in keys], self._block)
+            if quantised
+            else matrices
+        )
+
+    def _tensor(self, key: str) -> Tensor:
+        return self._opened[key].get_tensor(key)
+
+    def _check_shape(self, key: str, shape: tuple[int, ...]) -> None:
+        if self.shapes[key] != shape:
+            raise KTError(
+                f"{self._file[key]}: {key} is {self.shapes[key]}; the model's configuration says {shape}. The file or "
+                "config.json is of another model."
+            )
+
+
+_PLAIN = (
+    "routed experts are read in bf16, fp16, fp32, or FP8 with block scales (*_scale_inv). Take the unquantised "
+    "checkpoint; kt_backend: AMXInt8 quantises it while loading."
+)
+
+
+def _expected(experts: int, found: Iterable[tuple[str, int | None]]) -> list[tuple[str, int | None]]:
+    """The matrices of a layer. What is there decides whether they are stacked or one per expert."""
+    if any(e is None for _, e in found):
+        return [("gate_up_proj", None), ("down_proj", None)]
+    return [(p, e) for e in range(experts) for p in PROJECTIONS]
+
+
+def _fp8_block(config: str | None) -> tuple[int, int]:
+    """Rows and columns that share a scale, from config.json; 128 x 128 in DeepSeek-V3."""
+    quantization = (json.loads(Path(config).read_text(encoding="utf-8")) if config else {}).get("quantization_config")
+    rows, columns = (quantization or {}).get("weight_block_size") or (128, 128)
+    return rows, columns
+
+
+def _files(path: str, hub: Mapping[str, Any]) -> tuple[list[str], dict[str, str]]:
+    """The shards, and the index's promises: key -> file name."""
+    index = _file(path, INDEX, hub)
+    if index is None:
+        single = _file(path, SINGLE, hub)
+        if single is None:
+            raise KTError(
+                f"{path}: neither {INDEX} nor {SINGLE} is there. Experts are streamed from safetensors; convert other "
+                "formats by transformers' save_pretrained."
+            )
+        return [single], {}
+    try:
+        promised: dict[str, str] = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise KTError(f"{index}: not a safetensors index ({error!r}). Download it again.") from error
+    found = {name: _file(path, name, hub) for name in sorted(set(promised.values()))}
+    lost = [name for name, file in found.items() if file is None]
+    if lost:
+        raise KTError(f"{path}: {len(lost)} of {len(found)} shards are missing: {', '.join(lost[:5])}. Download them.")
+    return [file for file in found.values() if file is not None], promised
+
+
+def _file(path: str, name: str, hub: Mapping[str, Any]) -> str | None:
+    """One file's local path, or None if the model does not have it."""
+    if Path(path).is_dir():
+        local = Path(path, hub.get("subfolder") or "", name)
+        return str(local) if local.is_file() else None
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    try:
+        return hf_hub_download(path, name, **hub)
+    except EntryNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise KTError(f"{path}: neither a directory nor a model that the hub can give ({error}).") from error
