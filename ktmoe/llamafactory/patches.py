@@ -349,7 +349,7 @@ def _nothing_dropped() -> Iterator[None]:
 
     stock: Any = adapter.PeftModel
 
-    class PeftModel(stock):  # type: ignore[misc]
+    class PeftModel(stock):
         @staticmethod
         def from_pretrained(model: Any, model_id: str, **kwargs: Any) -> Any:
             made = stock.from_pretrained(model, model_id, **kwargs)
