@@ -264,7 +264,9 @@ def test_checkpointing_gives_the_same_gradients(path, name, preference):
             torch.nn.init.normal_(p, std=0.05)
     ids = torch.randint(2, 200, (4, 11), generator=torch.Generator().manual_seed(0))
     calls = []
-    model.get_submodule("base_model.model.model.layers.0.mlp.experts").register_forward_hook(lambda *_: calls.append(1))
+    model.get_submodule("base_model.model.model.layers.0.mlp.experts").register_forward_pre_hook(
+        lambda *_: calls.append(1)
+    )
     checkpointing(model, None)
     expected = step_gradients(model, ids, preference)
     assert all(g.any() for g in expected.values())
