@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,26 +30,29 @@ class ExpertKey:
         layer: module name of the routed experts.
         projection: gate_proj, up_proj, down_proj, or gate_up_proj for both in one.
         expert: its number, or None for a tensor that holds all of them.
-        transposed: files of this family may hold [E, in, out] instead of [E, out, in].
+        transposed: whether stacked ones are [E, in, out] instead of [E, out, in]; None where files of this family hold
+            either.
     """
 
     layer: str
     projection: str
     expert: int | None
-    transposed: bool = False
+    transposed: bool | None = False
 
 
 class CheckpointNames:
     """The rules of one model."""
 
-    def __init__(self, model: nn.Module, layers: Iterable[str]) -> None:
+    def __init__(self, model: nn.Module, layers: Iterable[str], others: Mapping[str, ExpertKey] | None = None) -> None:
         """Reads them from transformers.
 
         Args:
             model: with or without weights.
             layers: module names of its routed experts.
+            others: tensors of theirs that have another name or orientation in the model (`Layer.disk_names`).
         """
         self._layers = set(layers)
+        self._others = dict(others or {})
         self._prefix = str(getattr(model, "base_model_prefix", "") or "")
         self._renamings: list[Any] = []
         self._converters: list[Any] = []
@@ -67,9 +70,11 @@ class CheckpointNames:
         Raises:
             KTError: transformers would compute this family's experts from the file in a way that is not known here.
         """
-        if "experts" not in key or "shared_expert" in key:
-            return None
         name = self._renamed(key)
+        if other := self._with_prefix(name, self._others):
+            return self._others[other]
+        if "experts" not in name or "shared_expert" in name:
+            return None
         for rule in self._converters:
             target, pattern = rule.rename_source_key(name)
             if pattern is not None:
@@ -94,7 +99,7 @@ class CheckpointNames:
             return None
         done = {type(operation).__name__ for operation in rule.operations}
         if done <= _TURNING:
-            return ExpertKey(stacked.layer, stacked.projection, None, transposed=True)
+            return ExpertKey(stacked.layer, stacked.projection, None, transposed=None)
         number = _NUMBER.search(key)
         if not done <= _STACKING or number is None:
             raise KTError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
@@ -14,14 +15,14 @@ from torch import nn
 from ktmoe.checkpoint import HUB, Checkpoint
 from ktmoe.checkpoint_names import CheckpointNames
 from ktmoe.config import KTConfig
-from ktmoe.models import attach, check_model, looks_like_experts, put
+from ktmoe.families import expert_modules
+from ktmoe.models import attach, auto_class, check_model
 from ktmoe.types import KTError
 
 
 if TYPE_CHECKING:
     from peft import LoraConfig
 
-_NOT_READ = (r"\.experts\.", r"_scale_inv$")  # keys without a parameter, which transformers need not list
 _REFUSED = (
     "state_dict",
     "gguf_file",
@@ -42,7 +43,7 @@ def load_model(
     r: int | None = None,
     **from_pretrained: Any,
 ) -> nn.Module:
-    """A causal language model from disk or the hub, its routed experts run by ktmoe.
+    """A language model from disk or the hub, its routed experts run by ktmoe.
 
     transformers loads everything else, where `device_map` says. The experts stay in their memory-mapped files: the
     kernel packs them from there layer by layer, and the torch backend computes straight from them.
@@ -62,7 +63,7 @@ def load_model(
         KernelError: the kernel failed a check.
     """
     import transformers
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     refused = sorted(name for name in _REFUSED if from_pretrained.get(name))
     if refused:
@@ -81,7 +82,7 @@ def load_model(
         name = "torch_dtype" if transformers.__version__.startswith("4.") else "dtype"
         from_pretrained[name] = torch.bfloat16 if fp8 else "auto"
     with without_experts():
-        model, info = AutoModelForCausalLM.from_pretrained(
+        model, info = auto_class(model_config).from_pretrained(
             path, config=model_config, output_loading_info=True, **from_pretrained
         )
     lost = sorted({str(k) for k in (*info["missing_keys"], *info["mismatched_keys"])})
@@ -139,7 +140,7 @@ def stream(
         KernelError: the kernel failed a check.
     """
     for name, absent in [(n, m) for n, m in model.named_modules() if isinstance(m, _Absent)]:
-        put(model, name, absent.experts[0])
+        _put(model, name, absent.experts[0])
     _dequantise(model, checkpoint)
     return attach(model, config, lora, r, checkpoint=checkpoint)
 
@@ -164,10 +165,20 @@ def without_experts() -> Iterator[None]:
     with ExitStack() as patches:
 
         def post_init(self: Any) -> Any:
-            for name, experts in [(n, m) for n, m in self.named_modules() if n and looks_like_experts(n, m)]:
-                put(self, name, _Absent(experts))
-            patches.enter_context(mock.patch.object(type(self), ignore, [*(getattr(self, ignore) or ()), *_NOT_READ]))
+            names = [name for holders in expert_modules(self).values() for name in holders]
+            for name in names:
+                module = self.get_submodule(name)
+                if not isinstance(module, _Absent):  # the model inside was here before
+                    _put(self, name, _Absent(module))
+            unread = {rf"\.{re.escape(name.rpartition('.')[2])}\." for name in ("experts", *names)}
+            ignored = [*(getattr(self, ignore) or ()), r"_scale_inv$", *sorted(unread)]
+            patches.enter_context(mock.patch.object(type(self), ignore, ignored))
             return ready(self)
 
         patches.enter_context(mock.patch.object(PreTrainedModel, "post_init", post_init))
         yield
+
+
+def _put(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, module)
