@@ -8,7 +8,6 @@ class, which `isinstance` still takes for the block (that is how transformers fi
 from __future__ import annotations
 
 import functools
-import sys
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -81,16 +80,15 @@ def gate_decides(block: Any, hidden_states: Tensor) -> Routing:
     loss = rest[0] if rest else None
     if loss is None:
         return Routing(index, weights)
-    add = sys.modules[type(block).__module__].AddAuxiliaryLoss.apply  # gives the loss its gradient
+    add = _beside(block, "AddAuxiliaryLoss").apply  # gives the loss its gradient
     return Routing(index, weights, finish=lambda out: add(out, loss))
 
 
 def sparsemixer(block: Any, hidden_states: Tensor) -> Routing:
     """Phi's own function, which samples in training and has a gradient of its own."""
     logits = block.gate(hidden_states.reshape(-1, hidden_states.shape[-1]))
-    weights, index = sys.modules[type(block).__module__].sparsemixer(
-        logits, jitter_eps=block.router_jitter_noise, training=block.training
-    )
+    choose = _beside(block, "sparsemixer")
+    weights, index = choose(logits, jitter_eps=block.router_jitter_noise, training=block.training)
     return Routing(index, weights, logits)
 
 
@@ -112,6 +110,11 @@ def sorted_by_expert(block: Any, hidden_states: Tensor) -> Routing:
     experts = torch.arange(len(sizes), device=order.device).repeat_interleave(torch.tensor(sizes, device=order.device))
     k = block.router.top_k
     return Routing(experts[back].view(-1, k), gates[back].view(-1, k), logits)
+
+
+def _beside(block: Any, name: str) -> Any:
+    """A name of the module that the block's class comes from."""
+    return type(block).stock.forward.__globals__[name]
 
 
 @contextmanager
@@ -171,7 +174,8 @@ def take_over(block: Any, row: Row, experts: nn.Module) -> None:
         if name != "experts":
             delattr(block, name)
     block.experts = experts
-    _set_class(block, _subclass(type(block), row))
+    stock: Any = type(block)
+    _set_class(block, _subclass(stock, row))
 
 
 def give_back(block: Any, original: tuple[nn.Module, ...]) -> None:

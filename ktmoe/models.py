@@ -7,6 +7,7 @@ import warnings
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+import transformers
 from torch import nn
 from tqdm.auto import tqdm
 
@@ -115,43 +116,50 @@ def detach(model: nn.Module) -> nn.Module:
     return model
 
 
-def check_model(model_config: Any, config: KTConfig, r: int) -> None:
+def check_model(model_config: Any, config: KTConfig, r: int, *, trust_remote_code: bool = False) -> None:
     """Refuses, from the configuration alone, a model that `attach` would refuse. Nothing is loaded.
 
     Args:
         model_config: a transformers configuration.
         config: which backend.
         r: LoRA rank.
+        trust_remote_code: whether the model's own code may be run.
 
     Raises:
         KTError: as `attach`.
     """
-    for shape in expert_shapes(model_config, r):
+    for shape in expert_shapes(model_config, r, trust_remote_code=trust_remote_code):
         plan(config, shape)
 
 
 def auto_class(model_config: Any) -> Any:
     """The auto class that makes a configuration's language model: with its vision part, where it has one."""
-    import transformers
-
     seeing = getattr(transformers, "AutoModelForImageTextToText", None)
     seen = seeing is not None and type(model_config) in seeing._model_mapping
     return seeing if seen else transformers.AutoModelForCausalLM
 
 
-def expert_shapes(model_config: Any, r: int) -> list[MoEShape]:
+def expert_shapes(model_config: Any, r: int, *, trust_remote_code: bool = False) -> list[MoEShape]:
     """The sizes of a model's MoE layers, each once, from the configuration alone.
 
     Raises:
-        KTError: no MoE layer, experts that are not plain, or a rank that is no whole number above zero.
+        KTError: no MoE layer, experts that are not plain, remote code that does not run here, or a rank that is no
+            whole number above zero.
     """
     if isinstance(r, bool) or not isinstance(r, int) or r < 1:
         raise KTError(f"lora_rank: got {r!r}; expected a whole number of at least 1.")
     try:
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            skeleton = auto_class(model_config).from_config(model_config, trust_remote_code=False)
-    except (ValueError, KeyError, AttributeError, ImportError) as error:
+            skeleton = auto_class(model_config).from_config(model_config, trust_remote_code=trust_remote_code)
+    except (ValueError, KeyError, AttributeError, ImportError, TypeError) as error:
+        if trust_remote_code:
+            raise KTError(
+                f"trust_remote_code: the remote code of {type(model_config).__name__} does not run with transformers "
+                f"{transformers.__version__} ({error}). Use a release that it was written for (DeepSeek's: 4.40 to "
+                "4.53), or one that has the model itself. Kimi-K2 is DeepSeek-V3 to transformers: write model_type: "
+                "deepseek_v3 into its config.json."
+            ) from error
         raise KTError(f"transformers has no language model for {type(model_config).__name__}: {error}") from error
     found = [(layer.weights(layer.host_tensors()), layer.top_k) for layer in find(skeleton).values()]
     shapes = [MoEShape(w.num_experts, w.hidden_size, w.intermediate_size, top_k, r) for w, top_k in found]
