@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from ktmoe import granite
 from ktmoe.types import PROJECTIONS, KTError
 
 
@@ -55,11 +56,13 @@ class CheckpointNames:
         self._converters: list[Any] = []
         try:
             from transformers.conversion_mapping import get_model_conversion_mapping
-            from transformers.core_model_loading import WeightConverter
+            from transformers.core_model_loading import WeightConverter, WeightRenaming
         except ImportError:  # transformers 4: names in memory are those on disk
             return
         for rule in get_model_conversion_mapping(model):
             (self._converters if isinstance(rule, WeightConverter) else self._renamings).append(rule)
+        if granite.unified(model):
+            self._renamings += [WeightRenaming(source, target) for source, target in granite.RENAMINGS]
 
     def place(self, key: str) -> ExpertKey | None:
         """What the tensor of this name is; None if it is no routed expert's.
@@ -67,9 +70,9 @@ class CheckpointNames:
         Raises:
             KTError: transformers would compute this family's experts from the file in a way that is not known here.
         """
-        if "experts" not in key or "shared_expert" in key:
-            return None
         name = self._renamed(key)
+        if "experts" not in name or "shared_expert" in name:
+            return None
         for rule in self._converters:
             target, pattern = rule.rename_source_key(name)
             if pattern is not None:

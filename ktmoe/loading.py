@@ -11,17 +11,22 @@ from unittest import mock
 import torch
 from torch import nn
 
+from ktmoe import granite
 from ktmoe.checkpoint import HUB, Checkpoint
 from ktmoe.checkpoint_names import CheckpointNames
 from ktmoe.config import KTConfig
-from ktmoe.models import attach, check_model, looks_like_experts, put
+from ktmoe.models import attach, auto_class, check_model, looks_like_experts, put
 from ktmoe.types import KTError
 
 
 if TYPE_CHECKING:
     from peft import LoraConfig
 
-_NOT_READ = (r"\.experts\.", r"_scale_inv$")  # keys without a parameter, which transformers need not list
+_NOT_READ = (
+    r"\.experts\.",
+    r"block_sparse_moe\.(in|out)put_linear\.",
+    r"_scale_inv$",
+)  # keys without a parameter, which transformers need not list
 _REFUSED = (
     "state_dict",
     "gguf_file",
@@ -42,7 +47,7 @@ def load_model(
     r: int | None = None,
     **from_pretrained: Any,
 ) -> nn.Module:
-    """A causal language model from disk or the hub, its routed experts run by ktmoe.
+    """A language model from disk or the hub, its routed experts run by ktmoe.
 
     transformers loads everything else, where `device_map` says. The experts stay in their memory-mapped files: the
     kernel packs them from there layer by layer, and the torch backend computes straight from them.
@@ -62,7 +67,7 @@ def load_model(
         KernelError: the kernel failed a check.
     """
     import transformers
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     refused = sorted(name for name in _REFUSED if from_pretrained.get(name))
     if refused:
@@ -81,7 +86,7 @@ def load_model(
         name = "torch_dtype" if transformers.__version__.startswith("4.") else "dtype"
         from_pretrained[name] = torch.bfloat16 if fp8 else "auto"
     with without_experts():
-        model, info = AutoModelForCausalLM.from_pretrained(
+        model, info = auto_class(model_config).from_pretrained(
             path, config=model_config, output_loading_info=True, **from_pretrained
         )
     lost = sorted({str(k) for k in (*info["missing_keys"], *info["mismatched_keys"])})
@@ -164,6 +169,7 @@ def without_experts() -> Iterator[None]:
     with ExitStack() as patches:
 
         def post_init(self: Any) -> Any:
+            granite.unify(self)
             for name, experts in [(n, m) for n, m in self.named_modules() if n and looks_like_experts(n, m)]:
                 put(self, name, _Absent(experts))
             patches.enter_context(mock.patch.object(type(self), ignore, [*(getattr(self, ignore) or ()), *_NOT_READ]))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from ktmoe import granite
 from ktmoe.adapters import check_lora_config, get_peft_model
 from ktmoe.backends import kernel, plan
 from ktmoe.checkpoint import Checkpoint
@@ -55,23 +56,27 @@ def attach(
     rank = lora.r if lora is not None else r
     if lora is not None:
         check_lora_config(lora)
-    found = _find(model)
-    tensors = {name: _host_tensors(module) for name, (module, _) in found.items()}
-    weights = {name: _weights(*pair) for name, pair in tensors.items()}
-    if checkpoint is not None:
-        sizes = {name: (w.num_experts, w.intermediate_size, w.hidden_size) for name, w in weights.items()}
-        weights = checkpoint.experts(sizes, CheckpointNames(model, found))
-    replaced = {name: MoEExperts(weights[name], top_k=k, config=config) for name, (_, k) in found.items()}
-    for name, experts in replaced.items():
-        if checkpoint is None:
-            _check_loaded(name, found[name][0])
-        plan(config, experts.shape(rank or 1))
-    if rank:  # before the model is touched: a kernel that fails its checks leaves it as it was
-        size = sum(w.nbytes() for w in weights.values())
-        with tqdm(total=size, desc="Loading experts", unit="B", unit_scale=True, disable=len(replaced) < 8) as bar:
-            for experts in replaced.values():
-                experts.load(rank)
-                bar.update(experts.weights.nbytes())
+    replaced: dict[str, MoEExperts] = {}
+    changed = granite.unify(model)
+    try:
+        found = _find(model)
+        tensors = {name: _host_tensors(module) for name, (module, _) in found.items()}
+        weights = {name: _weights(*pair) for name, pair in tensors.items()}
+        if checkpoint is not None:
+            sizes = {name: (w.num_experts, w.intermediate_size, w.hidden_size) for name, w in weights.items()}
+            weights = checkpoint.experts(sizes, CheckpointNames(model, found))
+        for name, (module, top_k) in found.items():
+            if checkpoint is None:
+                _check_loaded(name, module)
+            replaced[name] = MoEExperts(weights[name], top_k=top_k, config=config)
+            plan(config, replaced[name].shape(rank or 1))
+        if rank:  # before the model is touched: a kernel that fails its checks leaves it as it was
+            _load(replaced, rank, streamed=checkpoint is not None)
+    except BaseException:
+        for experts in replaced.values():
+            experts.close()
+        granite.restore(changed)
+        raise
     for name, experts in replaced.items():
         module = found[name][0]
         if checkpoint is None:
@@ -79,9 +84,28 @@ def attach(
             experts.original = (module,)
         experts.train(module.training)
         put(model, name, experts)
+        _mend(model.get_submodule(name.rpartition(".")[0]), experts)
     if hasattr(model, "save_pretrained"):
         cast(Any, model).save_pretrained = functools.partial(_refuse_save, type(model).__name__)
     return model if lora is None else get_peft_model(model, lora)
+
+
+def _load(layers: dict[str, MoEExperts], rank: int, streamed: bool) -> None:
+    """Loads every layer into its backend, with a bar that shows bytes per second."""
+    packs = next(iter(layers.values())).plan.is_kernel
+    what = f"{'Packing' if packs else 'Mapping'} experts{' from disk' if streamed else ''}"
+    size = sum(experts.weights.nbytes() for experts in layers.values())
+    quiet = len(layers) < 8 or not (packs or streamed)
+    with tqdm(total=size, desc=what, unit="B", unit_scale=True, disable=quiet) as bar:
+        for experts in layers.values():
+            experts.load(rank)
+            bar.update(experts.weights.nbytes())
+
+
+def _mend(block: Any, experts: MoEExperts) -> None:
+    """DeepSeek-V2's group-limited routing reads an attribute that transformers 5.0 to 5.6 do not set."""
+    if type(block).__name__ == "DeepseekV2Moe" and not hasattr(block, "num_experts"):
+        block.num_experts = experts.num_experts
 
 
 def detach(model: nn.Module) -> nn.Module:
@@ -107,6 +131,7 @@ def detach(model: nn.Module) -> nn.Module:
     for name, experts in layers.items():
         put(model, name, experts.original[0].train(experts.training))
         experts.close()
+    granite.restore(granite.unified(model))
     vars(model).pop("save_pretrained", None)
     return model
 
@@ -126,23 +151,29 @@ def check_model(model_config: Any, config: KTConfig, r: int) -> None:
         plan(config, shape)
 
 
+def auto_class(model_config: Any) -> Any:
+    """The auto class that makes a configuration's language model: with its vision part, where it has one."""
+    import transformers
+
+    seeing = getattr(transformers, "AutoModelForImageTextToText", None)
+    seen = seeing is not None and type(model_config) in seeing._model_mapping
+    return seeing if seen else transformers.AutoModelForCausalLM
+
+
 def expert_shapes(model_config: Any, r: int) -> list[MoEShape]:
     """The sizes of a model's MoE layers, each once, from the configuration alone.
 
     Raises:
         KTError: no MoE layer, experts that are not plain, or a rank that is no whole number above zero.
     """
-    from transformers import AutoModelForCausalLM
-
     if isinstance(r, bool) or not isinstance(r, int) or r < 1:
         raise KTError(f"lora_rank: got {r!r}; expected a whole number of at least 1.")
     try:
         with torch.device("meta"), warnings.catch_warnings(action="ignore"):
-            skeleton = AutoModelForCausalLM.from_config(model_config, trust_remote_code=False)
+            skeleton = auto_class(model_config).from_config(model_config, trust_remote_code=False)
+        granite.unify(skeleton)
     except (ValueError, KeyError, AttributeError, ImportError) as error:
-        raise KTError(
-            f"transformers has no causal language model for {type(model_config).__name__}: {error}"
-        ) from error
+        raise KTError(f"transformers has no language model for {type(model_config).__name__}: {error}") from error
     found = [(_weights(*_host_tensors(module)), top_k) for module, top_k in _find(skeleton).values()]
     shapes = [MoEShape(w.num_experts, w.hidden_size, w.intermediate_size, top_k, r) for w, top_k in found]
     return list(dict.fromkeys(shapes))
@@ -223,9 +254,11 @@ def _find(model: nn.Module) -> dict[str, tuple[nn.Module, int]]:
 
 def looks_like_experts(name: str, module: nn.Module) -> bool:
     """Stacked weights [E, ...] of a gated MLP, or a list of expert modules, whatever the class is called."""
-    stacked = [p for p in module.parameters(recurse=False) if p.dim() == 3]
+    stacked = [p for p in module.parameters(recurse=False) if p.dim() == 3 and p.shape[0] > 1]
+    alike = len(stacked) >= 2 and len({p.shape[0] for p in stacked}) == 1  # no position embeddings [1, ...]
+    named = bool(stacked) and "Experts" in type(module).__name__
     is_list = isinstance(module, nn.ModuleList) and name.rsplit(".", 1)[-1] == "experts" and len(module) > 1
-    return len(stacked) >= 2 or is_list
+    return alike or named or is_list
 
 
 def _why_not_plain(module: Any) -> str:
@@ -234,16 +267,14 @@ def _why_not_plain(module: Any) -> str:
         return (
             "its experts are separate modules (transformers 4, or remote code); transformers 5.2 or later stacks them"
         )
-    extra = sorted(set(dict(module.named_parameters())) - {"gate_up_proj", "down_proj"})
-    gate_up, down = getattr(module, "gate_up_proj", None), getattr(module, "down_proj", None)
-    if gate_up is None or down is None or extra:
-        return (
-            f"it has parameters {sorted(dict(module.named_parameters()))}; expected gate_up_proj and down_proj alone"
-        )
-    if getattr(module, "has_bias", False):
+    held = dict(module.named_parameters())
+    if getattr(module, "has_bias", False) or any(name.endswith("bias") for name in held):
         return "its experts have biases"
-    if not getattr(module, "has_gate", True):
+    if not getattr(module, "has_gate", True) or set(held) == {"up_proj", "down_proj"}:
         return "its experts have no gate"
+    gate_up, down = held.get("gate_up_proj"), held.get("down_proj")
+    if gate_up is None or down is None or len(held) > 2:
+        return f"it has parameters {sorted(held)}; expected gate_up_proj and down_proj alone"
     e, two_i, h = gate_up.shape
     if getattr(module, "is_transposed", False) or tuple(down.shape) != (e, h, two_i // 2):
         return (
