@@ -235,6 +235,19 @@ def model(family: str = "Qwen3-MoE", dtype: torch.dtype = torch.float32, **chang
     return made.to(dtype)
 
 
+def load(family: str, folder: Any, **options: Any) -> Any:
+    """What transformers itself makes of a checkpoint, in eval mode."""
+    return mended(getattr(transformers, row(family).auto).from_pretrained(folder, **options)).eval()
+
+
+def mended(made: Any) -> Any:
+    """A stock model, able to run: transformers 5.0 to 5.6 forget an attribute that DeepSeek-V2's routing reads."""
+    for block in made.modules():
+        if type(block).__name__ == "DeepseekV2Moe" and not hasattr(block, "num_experts"):
+            block.num_experts = E
+    return made
+
+
 def logits(made: Any) -> torch.Tensor:
     """[2, 11, VOCAB], in eval mode and without gradients."""
     with torch.no_grad():

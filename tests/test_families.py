@@ -18,12 +18,8 @@ REFERENCE = KTConfig(kt_backend="reference")
 
 
 def stock(family):
-    """The unpatched model. DeepSeek-V2's group-limited routing lacks an attribute in transformers 5.0 to 5.6."""
-    made = families.model(family)
-    for block in made.modules():
-        if type(block).__name__ == "DeepseekV2Moe" and not hasattr(block, "num_experts"):
-            block.num_experts = families.E
-    return made
+    """The unpatched model."""
+    return families.mended(families.model(family))
 
 
 def attached(family, backend="reference"):
