@@ -19,7 +19,7 @@ _SPELLINGS = {
 _ONE_EXPERT = re.compile(r"^(?P<layer>.*)\.(?P<expert>\d+)\.(?P<name>\w+)\.weight$")
 _NUMBER = re.compile(r"\.experts\.(\d+)\.")
 # What a conversion rule may do to experts: stack one matrix per expert, put gate above up, turn old files round.
-_STACKING, _TURNING = {"MergeModulelist", "Concatenate"}, {"Transpose"}
+_STACKING, _TURNING, _NOTHING = {"MergeModulelist", "Concatenate"}, {"Transpose"}, {"Force16BytesAlignment"}
 
 
 @dataclass(frozen=True)
@@ -71,14 +71,21 @@ class CheckpointNames:
             KTError: transformers would compute this family's experts from the file in a way that is not known here.
         """
         name = self._renamed(key)
+        if "shared_expert" in name:
+            return None
+        # transformers too goes back to the name on disk where the renamed one is nothing: 5.5 renames a text model's
+        # keys also where it is part of a larger one.
+        return self._place(name) or (self._place(key) if name != key else None)
+
+    def _place(self, name: str) -> ExpertKey | None:
         if other := self._with_prefix(name, self._others):
             return self._others[other]
-        if "experts" not in name or "shared_expert" in name:
+        if "experts" not in name:
             return None
         for rule in self._converters:
             target, pattern = rule.rename_source_key(name)
             if pattern is not None:
-                return self._converted(key, target, rule, pattern)
+                return self._converted(name, target, rule, pattern)
         one = _ONE_EXPERT.match(name)
         if one and one["name"] in _SPELLINGS and (layer := self._layer(one["layer"])):
             return ExpertKey(layer, _SPELLINGS[one["name"]], int(one["expert"]))
@@ -86,7 +93,7 @@ class CheckpointNames:
 
     def parameter(self, key: str, among: Container[str]) -> str | None:
         """The parameter that a tensor outside the experts is read into, or None if it is not among those."""
-        return self._with_prefix(self._renamed(key), among)
+        return self._with_prefix(self._renamed(key), among) or self._with_prefix(key, among)
 
     def _renamed(self, key: str) -> str:
         for rule in self._renamings:
@@ -97,7 +104,7 @@ class CheckpointNames:
         stacked = self._stacked(target)
         if stacked is None:
             return None
-        done = {type(operation).__name__ for operation in rule.operations}
+        done = {type(operation).__name__ for operation in rule.operations} - _NOTHING
         if done <= _TURNING:
             return ExpertKey(stacked.layer, stacked.projection, None, transposed=None)
         number = _NUMBER.search(key)

@@ -198,18 +198,23 @@ def expert_modules(model: nn.Module) -> dict[str, tuple[str, ...]]:
         By the module name that `MoEExperts` get; usually that module alone.
     """
     found: dict[str, tuple[str, ...]] = {}
+    claimed: set[str] = set()
     for name, module in model.named_modules(remove_duplicate=False):
         row = _row(module)
         if row is not None and row.holders != ("experts",):
-            found[f"{name}.experts".lstrip(".")] = tuple(f"{name}.{h}".lstrip(".") for h in row.holders)
-        elif name and (_is_stacked(module) or _is_list(name, module)):
+            holders = tuple(f"{name}.{h}".lstrip(".") for h in row.holders)
+            found[f"{name}.experts".lstrip(".")] = holders
+            claimed.update(holders)
+        elif name and name not in claimed and (_is_stacked(module) or _is_list(name, module)):
             found[name] = (name,)
     return found
 
 
 def _is_stacked(module: nn.Module) -> bool:
-    """Weights [E, ...] of a gated MLP, whatever the class is called."""
-    return sum(p.dim() == 3 for p in module.parameters(recurse=False)) >= 2
+    """Weights [E, ...] of an MLP, whatever the class is called."""
+    stacked = [p for p in module.parameters(recurse=False) if p.dim() == 3 and p.shape[0] > 1]
+    alike = len(stacked) >= 2 and len({p.shape[0] for p in stacked}) == 1  # no position embeddings [1, ...]
+    return alike or (bool(stacked) and "Experts" in type(module).__name__)
 
 
 def _is_list(name: str, module: nn.Module) -> bool:
@@ -260,16 +265,14 @@ def _why_no_list(experts: list[Any]) -> str:
 
 def _why_not_plain(module: Any) -> str:
     """For an experts module of transformers 5."""
-    extra = sorted(set(dict(module.named_parameters())) - {"gate_up_proj", "down_proj"})
-    gate_up, down = getattr(module, "gate_up_proj", None), getattr(module, "down_proj", None)
-    if gate_up is None or down is None or extra:
-        return (
-            f"it has parameters {sorted(dict(module.named_parameters()))}; expected gate_up_proj and down_proj alone"
-        )
-    if getattr(module, "has_bias", False):
+    held = dict(module.named_parameters())
+    if getattr(module, "has_bias", False) or any(name.endswith("bias") for name in held):
         return "its experts have biases"
-    if not getattr(module, "has_gate", True):
+    if not getattr(module, "has_gate", True) or set(held) == {"up_proj", "down_proj"}:
         return "its experts have no gate"
+    gate_up, down = held.get("gate_up_proj"), held.get("down_proj")
+    if gate_up is None or down is None or len(held) > 2:
+        return f"it has parameters {sorted(held)}; expected gate_up_proj and down_proj alone"
     e, two_i, h = gate_up.shape
     if getattr(module, "is_transposed", False) or tuple(down.shape) != (e, h, two_i // 2):
         return (

@@ -58,24 +58,28 @@ def attach(
     rank = lora.r if lora is not None else r
     if lora is not None:
         check_lora_config(lora)
+    replaced: dict[str, MoEExperts] = {}
     found = find(model)
-    tensors = {name: layer.host_tensors() for name, layer in found.items()}
-    weights = {name: layer.weights(tensors[name]) for name, layer in found.items()}
-    if checkpoint is not None:
-        sizes = {name: (w.num_experts, w.intermediate_size, w.hidden_size) for name, w in weights.items()}
-        others = {key: place for layer in found.values() for key, place in layer.disk_names().items()}
-        weights = checkpoint.experts(sizes, CheckpointNames(model, found, others))
-    replaced = {n: MoEExperts(weights[n], top_k=layer.top_k, config=config) for n, layer in found.items()}
-    for name, experts in replaced.items():
-        if checkpoint is None and any(t.is_meta for t in tensors[name].values()):
-            raise KTError(f"{name}: its weights are on the meta device. Load the model's weights before attaching it.")
-        plan(config, experts.shape(rank or 1))
-    if rank:  # before the model is touched: a kernel that fails its checks leaves it as it was
-        size = sum(w.nbytes() for w in weights.values())
-        with tqdm(total=size, desc="Loading experts", unit="B", unit_scale=True, disable=len(replaced) < 8) as bar:
-            for experts in replaced.values():
-                experts.load(rank)
-                bar.update(experts.weights.nbytes())
+    try:
+        tensors = {name: layer.host_tensors() for name, layer in found.items()}
+        weights = {name: layer.weights(tensors[name]) for name, layer in found.items()}
+        if checkpoint is not None:
+            sizes = {name: (w.num_experts, w.intermediate_size, w.hidden_size) for name, w in weights.items()}
+            others = {key: place for layer in found.values() for key, place in layer.disk_names().items()}
+            weights = checkpoint.experts(sizes, CheckpointNames(model, found, others))
+        for name, layer in found.items():
+            if checkpoint is None and any(t.is_meta for t in tensors[name].values()):
+                raise KTError(
+                    f"{name}: its weights are on the meta device. Load the model's weights before attaching."
+                )
+            replaced[name] = MoEExperts(weights[name], top_k=layer.top_k, config=config)
+            plan(config, replaced[name].shape(rank or 1))
+        if rank:  # before the model is touched: a kernel that fails its checks leaves it as it was
+            _load(replaced, rank, streamed=checkpoint is not None)
+    except BaseException:
+        for experts in replaced.values():
+            experts.close()
+        raise
     for name, experts in replaced.items():
         layer = found[name]
         if checkpoint is None:
@@ -84,9 +88,28 @@ def attach(
             experts.original = layer.modules
         experts.train(layer.modules[0].training)
         layer.put(experts)
+        _mend(layer.block, experts)
     if hasattr(model, "save_pretrained"):
         cast(Any, model).save_pretrained = functools.partial(_refuse_save, type(model).__name__)
     return model if lora is None else get_peft_model(model, lora)
+
+
+def _load(layers: dict[str, MoEExperts], rank: int, streamed: bool) -> None:
+    """Loads every layer into its backend, with a bar that shows bytes per second."""
+    packs = next(iter(layers.values())).plan.is_kernel
+    what = f"{'Packing' if packs else 'Mapping'} experts{' from disk' if streamed else ''}"
+    size = sum(experts.weights.nbytes() for experts in layers.values())
+    quiet = len(layers) < 8 or not (packs or streamed)
+    with tqdm(total=size, desc=what, unit="B", unit_scale=True, disable=quiet) as bar:
+        for experts in layers.values():
+            experts.load(rank)
+            bar.update(experts.weights.nbytes())
+
+
+def _mend(block: Any, experts: MoEExperts) -> None:
+    """DeepSeek-V2's group-limited routing reads an attribute that transformers 5.0 to 5.6 do not set."""
+    if type(block).__name__ == "DeepseekV2Moe" and not hasattr(block, "num_experts"):
+        block.num_experts = experts.num_experts
 
 
 def detach(model: nn.Module) -> nn.Module:

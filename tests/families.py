@@ -172,20 +172,20 @@ REFUSED = {
     "gpt-oss": Refused(
         "GptOssConfig",
         dict(**_BASE, num_local_experts=E, num_experts_per_tok=K, intermediate_size=I, head_dim=32),
-        message="GptOssExperts .* of GptOssForCausalLM does not fit",
+        message="GptOssExperts .* of GptOssForCausalLM does not fit: its experts have biases",
     ),
     "Llama4": Refused(
         "Llama4TextConfig",
         dict(**_BASE, num_local_experts=E, num_experts_per_tok=K, intermediate_size=I, intermediate_size_mlp=80,
              head_dim=32),
-        message="Llama4TextExperts .* of Llama4ForCausalLM does not fit",
+        message="Llama4TextExperts .* of Llama4ForCausalLM does not fit: .* are not",
     ),
     "DeepSeek-V4": Refused(
         "DeepseekV4Config",
         dict(**(_BASE | dict(num_key_value_heads=1)), n_routed_experts=E, n_shared_experts=1, num_experts_per_tok=K,
              moe_intermediate_size=I, head_dim=32, q_lora_rank=24, o_groups=2, o_lora_rank=16, index_n_heads=2,
              index_head_dim=16, index_topk=8),
-        message="DeepseekV4Experts .* of DeepseekV4ForCausalLM does not fit",
+        message="DeepseekV4Experts .* of DeepseekV4ForCausalLM does not fit: it has a gate function of its own",
     ),
     "NemotronH": Refused(
         "NemotronHConfig",
@@ -193,7 +193,7 @@ REFUSED = {
              n_routed_experts=E, num_experts_per_tok=K, moe_intermediate_size=I, intermediate_size=80, head_dim=32,
              moe_shared_expert_intermediate_size=48, mamba_num_heads=2, mamba_head_dim=16, ssm_state_size=16,
              n_groups=1),
-        message="NemotronHExperts .* of NemotronHForCausalLM does not fit",
+        message="NemotronHExperts .* of NemotronHForCausalLM does not fit: its experts have no gate",
     ),
     "Qwen3-MoE with gelu": Refused(
         "Qwen3MoeConfig", dict(**_BASE, **_QWEN, hidden_act="gelu"), message="its activation is .*, not silu"
@@ -233,6 +233,19 @@ def model(family: str = "Qwen3-MoE", dtype: torch.dtype = torch.float32, **chang
         if tensor.is_floating_point() and "inv_freq" not in name:
             tensor.data.normal_(0, 0.1, generator=generator)
     return made.to(dtype)
+
+
+def load(family: str, folder: Any, **options: Any) -> Any:
+    """What transformers itself makes of a checkpoint, in eval mode."""
+    return mended(getattr(transformers, row(family).auto).from_pretrained(folder, **options)).eval()
+
+
+def mended(made: Any) -> Any:
+    """A stock model, able to run: transformers 5.0 to 5.6 forget an attribute that DeepSeek-V2's routing reads."""
+    for block in made.modules():
+        if type(block).__name__ == "DeepseekV2Moe" and not hasattr(block, "num_experts"):
+            block.num_experts = E
+    return made
 
 
 def logits(made: Any) -> torch.Tensor:

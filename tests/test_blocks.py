@@ -247,7 +247,7 @@ REFUSED = {
                                 num_experts=16),
              "DogeCDMoE .* of DogeForCausalLM does not fit"),
     "Llama4": ("Llama4TextConfig", families.REFUSED["Llama4"].options, "Llama4TextMoe .* scale the experts' inputs"),
-    "gpt-oss": ("GptOssConfig", families.REFUSED["gpt-oss"].options, "GptOssExperts .* does not fit: it has param"),
+    "gpt-oss": ("GptOssConfig", families.REFUSED["gpt-oss"].options, "GptOssExperts .* its experts have biases"),
     "Llama": ("LlamaConfig", families.REFUSED["Llama (dense)"].options, "LlamaForCausalLM has no MoE layer"),
     "Qwen3-MoE with gelu": ("Qwen3MoeConfig", families.REFUSED["Qwen3-MoE with gelu"].options,
                             "Qwen3MoeSparseMoeBlock .* does not fit: its activation is GELUActivation, not silu"),
