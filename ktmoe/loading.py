@@ -166,9 +166,9 @@ def stream(
         KTError: as `attach`; or matrices that are missing, there twice, or of another shape.
         KernelError: the kernel failed a check.
     """
+    _dequantise(model, checkpoint)  # first: transformers 4 has a parameter for each matrix of an expert
     for name, absent in [(n, m) for n, m in model.named_modules() if isinstance(m, _Absent)]:
         _put(model, name, absent.experts[0])
-    _dequantise(model, checkpoint)
     return attach(model, config, lora, r, checkpoint=checkpoint)
 
 

@@ -24,8 +24,9 @@ def checkpoints(tmp_path_factory):
 
     def get(family="Qwen3-MoE"):
         if family not in made:
+            whole = model(family)  # skips where the release lacks it
             made[family] = tmp_path_factory.mktemp(family)
-            model(family).save_pretrained(made[family], max_shard_size="100KB")
+            whole.save_pretrained(made[family], max_shard_size="100KB")
         return made[family]
 
     return get
