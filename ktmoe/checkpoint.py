@@ -129,7 +129,9 @@ class Checkpoint:
         there = self.shapes[key]
         if self._dtypes[key] not in _FLOATS:
             raise KTError(f"{self._file[key]}: {key} is {self._dtypes[key]}; {_PLAIN}")
-        if place.transposed and there != shape and there == (shape[0], shape[2], shape[1]):
+        turned = (shape[0], shape[2], shape[1])
+        if place.transposed or (place.transposed is None and there != shape and there == turned):
+            self._check_shape(key, turned)
             return self._tensor(key).mT
         self._check_shape(key, shape)
         return self._tensor(key)
