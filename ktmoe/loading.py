@@ -37,6 +37,7 @@ _REFUSED = (
     "tp_plan",
     "load_in_4bit",
     "load_in_8bit",
+    "ignore_mismatched_sizes",
 )
 
 
@@ -87,15 +88,34 @@ def load_model(
         from_pretrained[name] = torch.bfloat16 if fp8 else "auto"
     with without_experts():
         model, info = auto_class(model_config).from_pretrained(
-            path, config=model_config, output_loading_info=True, **from_pretrained
+            path, config=model_config, output_loading_info=True, ignore_mismatched_sizes=True, **from_pretrained
         )
-    lost = sorted({str(k) for k in (*info["missing_keys"], *info["mismatched_keys"])})
-    if lost:
+    _check_rest(model, checkpoint, info)
+    return stream(model, checkpoint, config, lora, r)
+
+
+def _check_rest(model: nn.Module, checkpoint: Checkpoint, info: dict[str, Any]) -> None:
+    """Refuses a model whose tensors outside the experts did not all come from the files.
+
+    Args:
+        model: as transformers loaded it.
+        checkpoint: where from.
+        info: what transformers says about it.
+
+    Raises:
+        KTError: names the file and the key.
+    """
+    names = CheckpointNames(model, ())
+    for key, there, expected in sorted((str(k), tuple(a), tuple(b)) for k, a, b in info["mismatched_keys"]):
+        raise checkpoint.wrong_shape(
+            next((k for k in checkpoint.shapes if names.parameter(k, (key,))), key), there, expected
+        )
+    missing = sorted(str(key) for key in info["missing_keys"])
+    if missing:
         raise KTError(
-            f"{path}: {len(lost)} tensors are missing or of another shape, e.g. {', '.join(lost[:3])}. The files or "
+            f"{checkpoint.path}: {len(missing)} tensors are missing, e.g. {', '.join(missing[:3])}. The files or "
             "config.json are incomplete or of another model."
         )
-    return stream(model, checkpoint, config, lora, r)
 
 
 def forget_fp8(model_config: Any) -> bool:
@@ -143,8 +163,16 @@ def stream(
         KTError: as `attach`; or matrices that are missing, there twice, or of another shape.
         KernelError: the kernel failed a check.
     """
-    for name, absent in [(n, m) for n, m in model.named_modules() if isinstance(m, _Absent)]:
-        put(model, name, absent.experts[0])
+    absent = {name: m for name, m in model.named_modules() if isinstance(m, _Absent)}
+    for name, module in model.named_modules():  # accelerate's hooks bring in what `device_map` offloaded
+        lost = [p for p, value in module.named_parameters(name, recurse=False) if value.is_meta]
+        if lost and not hasattr(module, "_hf_hook"):
+            raise KTError(
+                f"device_map: {lost[0]} has no weights: transformers left it on the meta device. Give a device_map "
+                "that puts every module on a device, or offloads some of them beside others on a device."
+            )
+    for name, module in absent.items():
+        put(model, name, module.experts[0])
     _dequantise(model, checkpoint)
     return attach(model, config, lora, r, checkpoint=checkpoint)
 
