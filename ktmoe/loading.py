@@ -38,6 +38,7 @@ _REFUSED = (
     "tp_plan",
     "load_in_4bit",
     "load_in_8bit",
+    "ignore_mismatched_sizes",
 )
 
 
@@ -96,14 +97,32 @@ def load_model(
         model, info = auto_class(model_config).from_pretrained(
             path, config=model_config, trust_remote_code=trust, **options
         )
-    mismatched = [key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]]
-    lost = sorted({*info["missing_keys"], *mismatched})
-    if lost:
+    _check_rest(model, checkpoint, info)
+    return stream(model, checkpoint, config, lora, r)
+
+
+def _check_rest(model: nn.Module, checkpoint: Checkpoint, info: dict[str, Any]) -> None:
+    """Refuses a model whose tensors outside the experts did not all come from the files.
+
+    Args:
+        model: as transformers loaded it.
+        checkpoint: where from.
+        info: what transformers says about it.
+
+    Raises:
+        KTError: names the file and the key.
+    """
+    names = CheckpointNames(model, ())
+    for key, there, expected in sorted((str(k), tuple(a), tuple(b)) for k, a, b in info["mismatched_keys"]):
+        raise checkpoint.wrong_shape(
+            next((k for k in checkpoint.shapes if names.parameter(k, (key,))), key), there, expected
+        )
+    missing = sorted(str(key) for key in info["missing_keys"])
+    if missing:
         raise KTError(
-            f"{path}: {len(lost)} tensors are missing or of another shape, e.g. {', '.join(lost[:3])}. The files or "
+            f"{checkpoint.path}: {len(missing)} tensors are missing, e.g. {', '.join(missing[:3])}. The files or "
             "config.json are incomplete or of another model."
         )
-    return stream(model, checkpoint, config, lora, r)
 
 
 def _options(given: Mapping[str, Any], dtype: Any) -> dict[str, Any]:
@@ -166,6 +185,13 @@ def stream(
         KTError: as `attach`; or matrices that are missing, there twice, or of another shape.
         KernelError: the kernel failed a check.
     """
+    for name, module in model.named_modules():  # accelerate's hooks bring in what `device_map` offloaded
+        lost = [p for p, value in module.named_parameters(name, recurse=False) if value.is_meta]
+        if lost and not hasattr(module, "_hf_hook"):
+            raise KTError(
+                f"device_map: {lost[0]} has no weights: transformers left it on the meta device. Give a device_map "
+                "that puts every module on a device, or offloads some of them beside others on a device."
+            )
     _dequantise(model, checkpoint)  # first: transformers 4 has a parameter for each matrix of an expert
     for name, absent in [(n, m) for n, m in model.named_modules() if isinstance(m, _Absent)]:
         _put(model, name, absent.experts[0])

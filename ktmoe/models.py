@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
@@ -89,9 +89,18 @@ def attach(
         experts.train(layer.modules[0].training)
         layer.put(experts)
         _mend(layer.block, experts)
-    if hasattr(model, "save_pretrained"):
-        cast(Any, model).save_pretrained = functools.partial(_refuse_save, type(model).__name__)
-    return model if lora is None else get_peft_model(model, lora)
+    _refuse_saving(model)
+    if lora is None:
+        return model
+    try:
+        return get_peft_model(model, lora)
+    except BaseException:
+        for name, experts in replaced.items():
+            experts.original = found[name].modules
+            put_back(model, name, experts)
+            experts.close()
+        _allow_saving(model)
+        raise
 
 
 def _load(layers: dict[str, MoEExperts], rank: int, streamed: bool) -> None:
@@ -135,7 +144,7 @@ def detach(model: nn.Module) -> nn.Module:
     for name, experts in layers.items():
         put_back(model, name, experts)
         experts.close()
-    vars(model).pop("save_pretrained", None)
+    _allow_saving(model)
     return model
 
 
@@ -232,8 +241,25 @@ def summary(model: nn.Module) -> list[str]:
     ]
 
 
+_SAVING = ("save_pretrained", "push_to_hub")
+
+
+def _refuse_saving(model: nn.Module) -> None:
+    """Has the model refuse to write itself, and every model inside that has routed experts: they would be left out."""
+    for module in model.modules():
+        for method in _SAVING:
+            if hasattr(module, method) and moe_layers(module):
+                setattr(module, method, functools.partial(_refuse_save, f"{type(module).__name__}.{method}"))
+
+
+def _allow_saving(model: nn.Module) -> None:
+    for module in model.modules():
+        for method in _SAVING:
+            vars(module).pop(method, None)
+
+
 def _refuse_save(name: str, *args: Any, **kwargs: Any) -> None:
     raise KTError(
-        f"{name}.save_pretrained: this model's routed experts are not among its parameters, so a checkpoint without "
-        "experts would be written. Save the adapter (PeftModel.save_pretrained); the base checkpoint is unchanged."
+        f"{name}: this model's routed experts are not among its parameters, so a checkpoint without experts would be "
+        "written. Save the adapter (PeftModel.save_pretrained); the base checkpoint is unchanged."
     )
