@@ -23,6 +23,18 @@ nox.options.sessions = ["lint", "types", "tests"]
 ENV = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
 
 
+# transformers, peft and what belongs to that transformers; the rest is the tested set's.
+PAIRS = (
+    ("4.40.2", "0.12.0", "tokenizers==0.19.1", "huggingface-hub==0.36.2"),
+    ("4.51.3", "0.17.1", "tokenizers==0.21.4", "huggingface-hub==0.36.2"),
+    ("4.57.6", "0.18.1", "tokenizers==0.22.2", "huggingface-hub==0.36.2"),
+    ("4.57.6", "0.21.2", "tokenizers==0.22.2", "huggingface-hub==0.36.2"),
+    ("5.2.0", "0.18.1", "tokenizers==0.22.2", "huggingface-hub==1.33.0"),
+    ("5.5.4", "0.18.1", "tokenizers==0.22.2", "huggingface-hub==1.33.0"),
+    ("5.5.4", "0.20.0", "tokenizers==0.22.2", "huggingface-hub==1.33.0"),
+    ("5.23.0", "0.20.0", "tokenizers==0.23.3", "huggingface-hub==1.33.0"),
+    ("5.23.0", "0.21.2", "tokenizers==0.23.3", "huggingface-hub==1.33.0"),
+)
 CPUINFO = Path("/proc/cpuinfo")
 AMX_LABEL = "(the AMX binary: native where the CPU has AMX, else emulated)"
 CONTRACT = [
@@ -107,6 +119,28 @@ def perf(session: nox.Session) -> None:
     install_tested_set(session, "tests")
     session.run("python", "-m", "pytest", "bench", *_without_allowance(session), env=ENV)
     _needs_kernel(session)
+
+
+@nox.session
+def matrix(session: nox.Session) -> None:
+    """Every model family on nine pairs of transformers and peft, over one torch; prints a table.
+
+    Arguments after `--` choose pairs: `-- 4.57.6+0.18.1`.
+    """
+    install_tested_set(session, "tests")
+    results = []
+    for transformers, peft, *more in PAIRS:
+        pair = f"{transformers}+{peft}"
+        if session.posargs and pair not in session.posargs:
+            continue
+        folder = Path(session.create_tmp()) / pair
+        result = folder.with_suffix(".json")
+        if not folder.exists():  # in front of the tested set's own, which stays as it is
+            wanted = (f"transformers=={transformers}", f"peft=={peft}", *more)
+            session.install("--no-deps", "--target", str(folder), *wanted)
+        session.run("python", "tests/matrix.py", str(result), env={**ENV, "PYTHONPATH": str(folder)})
+        results.append(str(result))
+    session.run("python", "tests/matrix.py", "--table", *results, env=ENV)
 
 
 @nox.session

@@ -47,6 +47,7 @@ class Checkpoint:
         self.path = str(path)
         self._opened: dict[str, Any] = {}  # key -> the open file that holds it
         self._file: dict[str, str] = {}
+        self._sizes: dict[str, int] = {}  # of the files, as they were when their headers were read
         self._dtypes: dict[str, str] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         hub = {k: v for k, v in hub.items() if k in HUB and v is not None}
@@ -69,9 +70,17 @@ class Checkpoint:
         """One of `fp8_keys`, in bf16."""
         return BlockFP8([self._tensor(key)], [self._tensor(f"{key}{_SCALE}")], self._block)[0]
 
+    def wrong_shape(self, key: str, there: tuple[int, ...], expected: tuple[int, ...]) -> KTError:
+        """The error for a tensor that does not fit the configuration."""
+        return KTError(
+            f"{self._file.get(key, self.path)}: {key} is {there}; the model's configuration says {expected}. The file "
+            "or config.json is of another model."
+        )
+
     def _open(self, file: str) -> None:
         try:
-            opened = safe_open(file, "pt")
+            opened = safe_open(file, "pt")  # compares the header with the file's size
+            self._sizes[file] = os.stat(file).st_size
         except (SafetensorError, OSError) as error:
             raise KTError(f"{file}: damaged or not a safetensors file ({error}). Download it again.") from error
         for key in opened.keys():
@@ -129,7 +138,9 @@ class Checkpoint:
         there = self.shapes[key]
         if self._dtypes[key] not in _FLOATS:
             raise KTError(f"{self._file[key]}: {key} is {self._dtypes[key]}; {_PLAIN}")
-        if place.transposed and there != shape and there == (shape[0], shape[2], shape[1]):
+        turned = (shape[0], shape[2], shape[1])
+        if place.transposed or (place.transposed is None and there != shape and there == turned):
+            self._check_shape(key, turned)
             return self._tensor(key).mT
         self._check_shape(key, shape)
         return self._tensor(key)
@@ -151,14 +162,19 @@ class Checkpoint:
         )
 
     def _tensor(self, key: str) -> Tensor:
+        """A view of the file. To read behind its end would be a bus error, which nobody can catch."""
+        file = self._file[key]
+        size = os.stat(file).st_size if os.path.exists(file) else 0
+        if size < self._sizes[file]:
+            raise KTError(
+                f"{file}: {key} cannot be read: the file has {size} bytes, and had {self._sizes[file]} when it was "
+                "opened. Do not touch a checkpoint while it is being loaded; download it again."
+            )
         return self._opened[key].get_tensor(key)
 
     def _check_shape(self, key: str, shape: tuple[int, ...]) -> None:
         if self.shapes[key] != shape:
-            raise KTError(
-                f"{self._file[key]}: {key} is {self.shapes[key]}; the model's configuration says {shape}. The file or "
-                "config.json is of another model."
-            )
+            raise self.wrong_shape(key, self.shapes[key], shape)
 
 
 _PLAIN = (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ _SPELLINGS = {
 _ONE_EXPERT = re.compile(r"^(?P<layer>.*)\.(?P<expert>\d+)\.(?P<name>\w+)\.weight$")
 _NUMBER = re.compile(r"\.experts\.(\d+)\.")
 # What a conversion rule may do to experts: stack one matrix per expert, put gate above up, turn old files round.
-_STACKING, _TURNING = {"MergeModulelist", "Concatenate"}, {"Transpose"}
+_STACKING, _TURNING, _NOTHING = {"MergeModulelist", "Concatenate"}, {"Transpose"}, {"Force16BytesAlignment"}
 
 
 @dataclass(frozen=True)
@@ -30,26 +30,29 @@ class ExpertKey:
         layer: module name of the routed experts.
         projection: gate_proj, up_proj, down_proj, or gate_up_proj for both in one.
         expert: its number, or None for a tensor that holds all of them.
-        transposed: files of this family may hold [E, in, out] instead of [E, out, in].
+        transposed: whether stacked ones are [E, in, out] instead of [E, out, in]; None where files of this family hold
+            either.
     """
 
     layer: str
     projection: str
     expert: int | None
-    transposed: bool = False
+    transposed: bool | None = False
 
 
 class CheckpointNames:
     """The rules of one model."""
 
-    def __init__(self, model: nn.Module, layers: Iterable[str]) -> None:
+    def __init__(self, model: nn.Module, layers: Iterable[str], others: Mapping[str, ExpertKey] | None = None) -> None:
         """Reads them from transformers.
 
         Args:
             model: with or without weights.
             layers: module names of its routed experts.
+            others: tensors of theirs that have another name or orientation in the model (`Layer.disk_names`).
         """
         self._layers = set(layers)
+        self._others = dict(others or {})
         self._prefix = str(getattr(model, "base_model_prefix", "") or "")
         self._renamings: list[Any] = []
         self._converters: list[Any] = []
@@ -67,13 +70,22 @@ class CheckpointNames:
         Raises:
             KTError: transformers would compute this family's experts from the file in a way that is not known here.
         """
-        if "experts" not in key or "shared_expert" in key:
-            return None
         name = self._renamed(key)
+        if "shared_expert" in name:
+            return None
+        # transformers too goes back to the name on disk where the renamed one is nothing: 5.5 renames a text model's
+        # keys also where it is part of a larger one.
+        return self._place(name) or (self._place(key) if name != key else None)
+
+    def _place(self, name: str) -> ExpertKey | None:
+        if other := self._with_prefix(name, self._others):
+            return self._others[other]
+        if "experts" not in name:
+            return None
         for rule in self._converters:
             target, pattern = rule.rename_source_key(name)
             if pattern is not None:
-                return self._converted(key, target, rule, pattern)
+                return self._converted(name, target, rule, pattern)
         one = _ONE_EXPERT.match(name)
         if one and one["name"] in _SPELLINGS and (layer := self._layer(one["layer"])):
             return ExpertKey(layer, _SPELLINGS[one["name"]], int(one["expert"]))
@@ -81,7 +93,7 @@ class CheckpointNames:
 
     def parameter(self, key: str, among: Container[str]) -> str | None:
         """The parameter that a tensor outside the experts is read into, or None if it is not among those."""
-        return self._with_prefix(self._renamed(key), among)
+        return self._with_prefix(self._renamed(key), among) or self._with_prefix(key, among)
 
     def _renamed(self, key: str) -> str:
         for rule in self._renamings:
@@ -92,9 +104,9 @@ class CheckpointNames:
         stacked = self._stacked(target)
         if stacked is None:
             return None
-        done = {type(operation).__name__ for operation in rule.operations}
+        done = {type(operation).__name__ for operation in rule.operations} - _NOTHING
         if done <= _TURNING:
-            return ExpertKey(stacked.layer, stacked.projection, None, transposed=True)
+            return ExpertKey(stacked.layer, stacked.projection, None, transposed=None)
         number = _NUMBER.search(key)
         if not done <= _STACKING or number is None:
             raise KTError(

@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import re
+import warnings
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any, cast
 from unittest import mock
 
 import torch
+import transformers
 from torch import nn
+from transformers import AutoConfig, PreTrainedModel
 
 from ktmoe.checkpoint import HUB, Checkpoint
 from ktmoe.checkpoint_names import CheckpointNames
 from ktmoe.config import KTConfig
-from ktmoe.models import attach, check_model, looks_like_experts, put
+from ktmoe.families import expert_modules
+from ktmoe.models import attach, auto_class, check_model
+from ktmoe.native import native_class, native_config
 from ktmoe.types import KTError
 
 
 if TYPE_CHECKING:
     from peft import LoraConfig
 
-_NOT_READ = (r"\.experts\.", r"_scale_inv$")  # keys without a parameter, which transformers need not list
 _REFUSED = (
     "state_dict",
     "gguf_file",
@@ -32,6 +38,7 @@ _REFUSED = (
     "tp_plan",
     "load_in_4bit",
     "load_in_8bit",
+    "ignore_mismatched_sizes",
 )
 
 
@@ -42,7 +49,7 @@ def load_model(
     r: int | None = None,
     **from_pretrained: Any,
 ) -> nn.Module:
-    """A causal language model from disk or the hub, its routed experts run by ktmoe.
+    """A language model from disk or the hub, its routed experts run by ktmoe.
 
     transformers loads everything else, where `device_map` says. The experts stay in their memory-mapped files: the
     kernel packs them from there layer by layer, and the torch backend computes straight from them.
@@ -52,7 +59,8 @@ def load_model(
         config: which backend, threads, limits.
         lora: if given, the adapter is added too, on the experts and on the rest.
         r: the largest LoRA rank that adapters will have, where `lora` does not say it.
-        **from_pretrained: `dtype`, `device_map`, `attn_implementation`, `revision` ... for transformers.
+        **from_pretrained: `dtype`, `device_map`, `attn_implementation`, `revision`,
+            `trust_remote_code` (used only where transformers has no class of its own) ... for transformers.
 
     Returns:
         The model, or a PeftModel around it if `lora` was given.
@@ -61,36 +69,73 @@ def load_model(
         KTError: shards that are missing, damaged, incomplete or of another model; or as `attach`.
         KernelError: the kernel failed a check.
     """
-    import transformers
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     refused = sorted(name for name in _REFUSED if from_pretrained.get(name))
     if refused:
         raise KTError(f"load_model: got {', '.join(refused)}; experts are streamed from safetensors. Leave it out.")
     config = config or KTConfig()
     hub = {k: v for k, v in from_pretrained.items() if k in HUB}
-    trust = {k: v for k, v in from_pretrained.items() if k == "trust_remote_code"}
+    trust = from_pretrained.pop("trust_remote_code", False)
     try:
-        model_config = from_pretrained.pop("config", None) or AutoConfig.from_pretrained(path, **hub, **trust)
-    except (OSError, ValueError) as error:
+        native = native_class(path, hub)
+        with native_config(native):
+            model_config = from_pretrained.pop("config", None)
+            model_config = model_config or AutoConfig.from_pretrained(path, trust_remote_code=trust, **hub)
+    except (OSError, ValueError, ImportError) as error:
         raise KTError(f"{path}: {error}") from error
-    fp8 = forget_fp8(model_config)
-    check_model(model_config, config, lora.r if lora is not None else r or 1)
-    checkpoint = Checkpoint(path, **hub)
-    if not {"dtype", "torch_dtype"} & set(from_pretrained):
-        name = "torch_dtype" if transformers.__version__.startswith("4.") else "dtype"
-        from_pretrained[name] = torch.bfloat16 if fp8 else "auto"
-    with without_experts():
-        model, info = AutoModelForCausalLM.from_pretrained(
-            path, config=model_config, output_loading_info=True, **from_pretrained
+    if trust and native:
+        warnings.warn(
+            f"ktmoe: trust_remote_code: {path} is loaded as transformers' own class ({native}); its remote code is "
+            "not run.",
+            stacklevel=2,
         )
-    lost = sorted({str(k) for k in (*info["missing_keys"], *info["mismatched_keys"])})
-    if lost:
+        trust = False
+    fp8 = forget_fp8(model_config)
+    check_model(model_config, config, lora.r if lora is not None else r or 1, trust_remote_code=trust)
+    checkpoint = Checkpoint(path, **hub)
+    options = _options(from_pretrained, torch.bfloat16 if fp8 else "auto")
+    with without_experts():
+        model, info = auto_class(model_config).from_pretrained(
+            path, config=model_config, trust_remote_code=trust, **options
+        )
+    _check_rest(model, checkpoint, info)
+    return stream(model, checkpoint, config, lora, r)
+
+
+def _check_rest(model: nn.Module, checkpoint: Checkpoint, info: dict[str, Any]) -> None:
+    """Refuses a model whose tensors outside the experts did not all come from the files.
+
+    Args:
+        model: as transformers loaded it.
+        checkpoint: where from.
+        info: what transformers says about it.
+
+    Raises:
+        KTError: names the file and the key.
+    """
+    names = CheckpointNames(model, ())
+    for key, there, expected in sorted((str(k), tuple(a), tuple(b)) for k, a, b in info["mismatched_keys"]):
+        raise checkpoint.wrong_shape(
+            next((k for k in checkpoint.shapes if names.parameter(k, (key,))), key), there, expected
+        )
+    missing = sorted(str(key) for key in info["missing_keys"])
+    if missing:
         raise KTError(
-            f"{path}: {len(lost)} tensors are missing or of another shape, e.g. {', '.join(lost[:3])}. The files or "
+            f"{checkpoint.path}: {len(missing)} tensors are missing, e.g. {', '.join(missing[:3])}. The files or "
             "config.json are incomplete or of another model."
         )
-    return stream(model, checkpoint, config, lora, r)
+
+
+def _options(given: Mapping[str, Any], dtype: Any) -> dict[str, Any]:
+    """Arguments of `from_pretrained` by the names of the installed release; `dtype` is the default."""
+    options = {"dtype": dtype, **given}
+    options["dtype"] = options.pop("torch_dtype", options["dtype"])
+    release = tuple(int(part) for part in transformers.__version__.split(".")[:2])
+    if release < (4, 56):
+        options["torch_dtype"] = options.pop("dtype")
+    if release < (5, 0) and find_spec("accelerate"):
+        options.setdefault("low_cpu_mem_usage", True)  # the skeleton is made on meta, as later releases always do
+    # A tensor of another shape is then named among the mismatched keys, by every release.
+    return {**options, "output_loading_info": True, "ignore_mismatched_sizes": True}
 
 
 def forget_fp8(model_config: Any) -> bool:
@@ -114,13 +159,15 @@ def _dequantise(model: nn.Module, checkpoint: Checkpoint) -> None:
     """
     parameters = dict(model.named_parameters())
     names = CheckpointNames(model, ())
+    dtype = cast(Any, model).get_input_embeddings().weight.dtype
     for key in checkpoint.fp8_keys():
         name = names.parameter(key, parameters)
         if name is None:  # an expert's, or of a layer that the model does not build
             continue
         if parameters[name].is_meta:
             raise KTError(f"device_map: {name} is offloaded, and FP8 weights are dequantised in memory. Leave it out.")
-        parameters[name].data.copy_(checkpoint.dequantise(key))
+        # transformers 4 may have kept the parameter in FP8, whatever dtype was asked for.
+        parameters[name].data = checkpoint.dequantise(key).to(parameters[name].device, dtype)
 
 
 def stream(
@@ -138,9 +185,16 @@ def stream(
         KTError: as `attach`; or matrices that are missing, there twice, or of another shape.
         KernelError: the kernel failed a check.
     """
+    for name, module in model.named_modules():  # accelerate's hooks bring in what `device_map` offloaded
+        lost = [p for p, value in module.named_parameters(name, recurse=False) if value.is_meta]
+        if lost and not hasattr(module, "_hf_hook"):
+            raise KTError(
+                f"device_map: {lost[0]} has no weights: transformers left it on the meta device. Give a device_map "
+                "that puts every module on a device, or offloads some of them beside others on a device."
+            )
+    _dequantise(model, checkpoint)  # first: transformers 4 has a parameter for each matrix of an expert
     for name, absent in [(n, m) for n, m in model.named_modules() if isinstance(m, _Absent)]:
-        put(model, name, absent.experts[0])
-    _dequantise(model, checkpoint)
+        _put(model, name, absent.experts[0])
     return attach(model, config, lora, r, checkpoint=checkpoint)
 
 
@@ -158,16 +212,24 @@ def without_experts() -> Iterator[None]:
 
     transformers never reads a tensor of a checkpoint that has no parameter to go to.
     """
-    from transformers import PreTrainedModel
-
     ready, ignore = PreTrainedModel.post_init, "_keys_to_ignore_on_load_unexpected"
     with ExitStack() as patches:
 
         def post_init(self: Any) -> Any:
-            for name, experts in [(n, m) for n, m in self.named_modules() if n and looks_like_experts(n, m)]:
-                put(self, name, _Absent(experts))
-            patches.enter_context(mock.patch.object(type(self), ignore, [*(getattr(self, ignore) or ()), *_NOT_READ]))
+            names = [name for holders in expert_modules(self).values() for name in holders]
+            for name in names:
+                module = self.get_submodule(name)
+                if not isinstance(module, _Absent):  # the model inside was here before
+                    _put(self, name, _Absent(module))
+            unread = {rf"\.{re.escape(name.rpartition('.')[2])}\." for name in ("experts", *names)}
+            ignored = [*(getattr(self, ignore) or ()), r"_scale_inv$", *sorted(unread)]
+            patches.enter_context(mock.patch.object(type(self), ignore, ignored))
             return ready(self)
 
         patches.enter_context(mock.patch.object(PreTrainedModel, "post_init", post_init))
         yield
+
+
+def _put(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, module)

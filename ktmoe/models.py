@@ -1,13 +1,14 @@
-"""Finding the routed experts of a transformers model and putting `MoEExperts` in their place."""
+"""Putting `MoEExperts` in the place of a transformers model's routed experts, and back."""
 
 from __future__ import annotations
 
 import functools
 import warnings
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+import transformers
+from torch import nn
 from tqdm.auto import tqdm
 
 from ktmoe.adapters import check_lora_config, get_peft_model
@@ -16,8 +17,9 @@ from ktmoe.checkpoint import Checkpoint
 from ktmoe.checkpoint_names import CheckpointNames
 from ktmoe.config import KTConfig
 from ktmoe.experts import MoEExperts
+from ktmoe.families import expert_modules, find, put_back
 from ktmoe.peft_layer import LoraExperts
-from ktmoe.types import ExpertWeights, KTError, MoEShape
+from ktmoe.types import KTError, MoEShape
 
 
 if TYPE_CHECKING:
@@ -37,7 +39,8 @@ def attach(
     The experts' own tensors stay referenced as the source of checks and exact recomputes; nothing else changes.
 
     Args:
-        model: any transformers 5 model whose experts are plain (gated by silu, no bias, applied after the router).
+        model: one whose experts are plain (gated by silu, no bias, applied after the router): any such model of
+            transformers 5, and the families of transformers 4 in `ktmoe.families`.
         config: which backend, threads, limits.
         lora: if given, the adapter is added too, on the experts and on the rest.
         r: the largest LoRA rank that adapters will have, where `lora` does not say it. With neither, the experts are
@@ -55,33 +58,67 @@ def attach(
     rank = lora.r if lora is not None else r
     if lora is not None:
         check_lora_config(lora)
-    found = _find(model)
-    tensors = {name: _host_tensors(module) for name, (module, _) in found.items()}
-    weights = {name: _weights(*pair) for name, pair in tensors.items()}
-    if checkpoint is not None:
-        sizes = {name: (w.num_experts, w.intermediate_size, w.hidden_size) for name, w in weights.items()}
-        weights = checkpoint.experts(sizes, CheckpointNames(model, found))
-    replaced = {name: MoEExperts(weights[name], top_k=k, config=config) for name, (_, k) in found.items()}
+    replaced: dict[str, MoEExperts] = {}
+    found = find(model)
+    try:
+        tensors = {name: layer.host_tensors() for name, layer in found.items()}
+        weights = {name: layer.weights(tensors[name]) for name, layer in found.items()}
+        if checkpoint is not None:
+            sizes = {name: (w.num_experts, w.intermediate_size, w.hidden_size) for name, w in weights.items()}
+            others = {key: place for layer in found.values() for key, place in layer.disk_names().items()}
+            weights = checkpoint.experts(sizes, CheckpointNames(model, found, others))
+        for name, layer in found.items():
+            if checkpoint is None and any(t.is_meta for t in tensors[name].values()):
+                raise KTError(
+                    f"{name}: its weights are on the meta device. Load the model's weights before attaching."
+                )
+            replaced[name] = MoEExperts(weights[name], top_k=layer.top_k, config=config)
+            plan(config, replaced[name].shape(rank or 1))
+        if rank:  # before the model is touched: a kernel that fails its checks leaves it as it was
+            _load(replaced, rank, streamed=checkpoint is not None)
+    except BaseException:
+        for experts in replaced.values():
+            experts.close()
+        raise
     for name, experts in replaced.items():
+        layer = found[name]
         if checkpoint is None:
-            _check_loaded(name, found[name][0])
-        plan(config, experts.shape(rank or 1))
-    if rank:  # before the model is touched: a kernel that fails its checks leaves it as it was
-        size = sum(w.nbytes() for w in weights.values())
-        with tqdm(total=size, desc="Loading experts", unit="B", unit_scale=True, disable=len(replaced) < 8) as bar:
-            for experts in replaced.values():
-                experts.load(rank)
-                bar.update(experts.weights.nbytes())
-    for name, experts in replaced.items():
-        module = found[name][0]
-        if checkpoint is None:
-            module.gate_up_proj.data, module.down_proj.data = tensors[name]  # a copy that was on a GPU is freed
-            experts.original = (module,)
-        experts.train(module.training)
-        put(model, name, experts)
-    if hasattr(model, "save_pretrained"):
-        cast(Any, model).save_pretrained = functools.partial(_refuse_save, type(model).__name__)
-    return model if lora is None else get_peft_model(model, lora)
+            for parameter, tensor in tensors[name].items():
+                parameter.data = tensor  # a copy that was on a GPU is freed
+            experts.original = layer.modules
+        experts.train(layer.modules[0].training)
+        layer.put(experts)
+        _mend(layer.block, experts)
+    _refuse_saving(model)
+    if lora is None:
+        return model
+    try:
+        return get_peft_model(model, lora)
+    except BaseException:
+        for name, experts in replaced.items():
+            experts.original = found[name].modules
+            put_back(model, name, experts)
+            experts.close()
+        _allow_saving(model)
+        raise
+
+
+def _load(layers: dict[str, MoEExperts], rank: int, streamed: bool) -> None:
+    """Loads every layer into its backend, with a bar that shows bytes per second."""
+    packs = next(iter(layers.values())).plan.is_kernel
+    what = f"{'Packing' if packs else 'Mapping'} experts{' from disk' if streamed else ''}"
+    size = sum(experts.weights.nbytes() for experts in layers.values())
+    quiet = len(layers) < 8 or not (packs or streamed)
+    with tqdm(total=size, desc=what, unit="B", unit_scale=True, disable=quiet) as bar:
+        for experts in layers.values():
+            experts.load(rank)
+            bar.update(experts.weights.nbytes())
+
+
+def _mend(block: Any, experts: MoEExperts) -> None:
+    """DeepSeek-V2's group-limited routing reads an attribute that transformers 5.0 to 5.6 do not set."""
+    if type(block).__name__ == "DeepseekV2Moe" and not hasattr(block, "num_experts"):
+        block.num_experts = experts.num_experts
 
 
 def detach(model: nn.Module) -> nn.Module:
@@ -105,45 +142,58 @@ def detach(model: nn.Module) -> nn.Module:
             "with transformers instead."
         )
     for name, experts in layers.items():
-        put(model, name, experts.original[0].train(experts.training))
+        put_back(model, name, experts)
         experts.close()
-    vars(model).pop("save_pretrained", None)
+    _allow_saving(model)
     return model
 
 
-def check_model(model_config: Any, config: KTConfig, r: int) -> None:
+def check_model(model_config: Any, config: KTConfig, r: int, *, trust_remote_code: bool = False) -> None:
     """Refuses, from the configuration alone, a model that `attach` would refuse. Nothing is loaded.
 
     Args:
         model_config: a transformers configuration.
         config: which backend.
         r: LoRA rank.
+        trust_remote_code: whether the model's own code may be run.
 
     Raises:
         KTError: as `attach`.
     """
-    for shape in expert_shapes(model_config, r):
+    for shape in expert_shapes(model_config, r, trust_remote_code=trust_remote_code):
         plan(config, shape)
 
 
-def expert_shapes(model_config: Any, r: int) -> list[MoEShape]:
+def auto_class(model_config: Any) -> Any:
+    """The auto class that makes a configuration's language model: with its vision part, where it has one."""
+    seeing = getattr(transformers, "AutoModelForImageTextToText", None)
+    seen = seeing is not None and type(model_config) in seeing._model_mapping
+    return seeing if seen else transformers.AutoModelForCausalLM
+
+
+def expert_shapes(model_config: Any, r: int, *, trust_remote_code: bool = False) -> list[MoEShape]:
     """The sizes of a model's MoE layers, each once, from the configuration alone.
 
     Raises:
-        KTError: no MoE layer, experts that are not plain, or a rank that is no whole number above zero.
+        KTError: no MoE layer, experts that are not plain, remote code that does not run here, or a rank that is no
+            whole number above zero.
     """
-    from transformers import AutoModelForCausalLM
-
     if isinstance(r, bool) or not isinstance(r, int) or r < 1:
         raise KTError(f"lora_rank: got {r!r}; expected a whole number of at least 1.")
     try:
-        with torch.device("meta"), warnings.catch_warnings(action="ignore"):
-            skeleton = AutoModelForCausalLM.from_config(model_config, trust_remote_code=False)
-    except (ValueError, KeyError, AttributeError, ImportError) as error:
-        raise KTError(
-            f"transformers has no causal language model for {type(model_config).__name__}: {error}"
-        ) from error
-    found = [(_weights(*_host_tensors(module)), top_k) for module, top_k in _find(skeleton).values()]
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            skeleton = auto_class(model_config).from_config(model_config, trust_remote_code=trust_remote_code)
+    except (ValueError, KeyError, AttributeError, ImportError, TypeError) as error:
+        if trust_remote_code:
+            raise KTError(
+                f"trust_remote_code: the remote code of {type(model_config).__name__} does not run with transformers "
+                f"{transformers.__version__} ({error}). Use a release that it was written for (DeepSeek's: 4.40 to "
+                "4.53), or one that has the model itself. Kimi-K2 is DeepSeek-V3 to transformers: write model_type: "
+                "deepseek_v3 into its config.json."
+            ) from error
+        raise KTError(f"transformers has no language model for {type(model_config).__name__}: {error}") from error
+    found = [(layer.weights(layer.host_tensors()), layer.top_k) for layer in find(skeleton).values()]
     shapes = [MoEShape(w.num_experts, w.hidden_size, w.intermediate_size, top_k, r) for w, top_k in found]
     return list(dict.fromkeys(shapes))
 
@@ -158,9 +208,8 @@ def unwrapped_layers(model: nn.Module) -> list[str]:
     ours = tuple(f"{name}." for name, m in model.named_modules() if isinstance(m, (MoEExperts, LoraExperts)))
     return [
         name
-        for name, m in model.named_modules()
-        if looks_like_experts(name, m)
-        and not isinstance(m, (MoEExperts, LoraExperts))
+        for name, holders in expert_modules(model).items()
+        if not isinstance(model.get_submodule(holders[0]), (MoEExperts, LoraExperts))
         and not name.startswith(ours or ("\0",))
     ]
 
@@ -192,107 +241,25 @@ def summary(model: nn.Module) -> list[str]:
     ]
 
 
-def put(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Puts a module in the place of the one of that name."""
-    parent, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, module)
+_SAVING = ("save_pretrained", "push_to_hub")
 
 
-def _find(model: nn.Module) -> dict[str, tuple[nn.Module, int]]:
-    """Every routed-experts module with its top_k. Raises KTError if there is none or one is not plain."""
-    if moe_layers(model):
-        raise KTError("This model's routed experts are attached already.")
-    modules = model.named_modules(remove_duplicate=False)
-    found = {name: m for name, m in modules if name and looks_like_experts(name, m)}
-    if len(set(map(id, found.values()))) < len(found):
-        raise KTError(f"{type(model).__name__}: layers share their experts module; ktmoe takes one per layer.")
-    if not found:
-        raise KTError(
-            f"{type(model).__name__} has no MoE layer: no module of it holds routed experts. use_kt is for "
-            "mixture-of-experts models; train this one without it (use_kt: false)."
-        )
-    problems = {name: why for name, m in found.items() if (why := _why_not_plain(m))}
-    if problems:
-        name, why = next(iter(problems.items()))
-        raise KTError(
-            f"{type(found[name]).__name__} ({name}) of {type(model).__name__} does not fit: {why}. ktmoe computes "
-            "D(silu(G x) * (U x)) with stacked weights, as transformers 5 holds them."
-        )
-    return {name: (m, _top_k(model, name)) for name, m in found.items()}
+def _refuse_saving(model: nn.Module) -> None:
+    """Has the model refuse to write itself, and every model inside that has routed experts: they would be left out."""
+    for module in model.modules():
+        for method in _SAVING:
+            if hasattr(module, method) and moe_layers(module):
+                setattr(module, method, functools.partial(_refuse_save, f"{type(module).__name__}.{method}"))
 
 
-def looks_like_experts(name: str, module: nn.Module) -> bool:
-    """Stacked weights [E, ...] of a gated MLP, or a list of expert modules, whatever the class is called."""
-    stacked = [p for p in module.parameters(recurse=False) if p.dim() == 3]
-    is_list = isinstance(module, nn.ModuleList) and name.rsplit(".", 1)[-1] == "experts" and len(module) > 1
-    return len(stacked) >= 2 or is_list
-
-
-def _why_not_plain(module: Any) -> str:
-    """Why ktmoe cannot compute this experts module, or ""."""
-    if isinstance(module, nn.ModuleList):
-        return (
-            "its experts are separate modules (transformers 4, or remote code); transformers 5.2 or later stacks them"
-        )
-    extra = sorted(set(dict(module.named_parameters())) - {"gate_up_proj", "down_proj"})
-    gate_up, down = getattr(module, "gate_up_proj", None), getattr(module, "down_proj", None)
-    if gate_up is None or down is None or extra:
-        return (
-            f"it has parameters {sorted(dict(module.named_parameters()))}; expected gate_up_proj and down_proj alone"
-        )
-    if getattr(module, "has_bias", False):
-        return "its experts have biases"
-    if not getattr(module, "has_gate", True):
-        return "its experts have no gate"
-    e, two_i, h = gate_up.shape
-    if getattr(module, "is_transposed", False) or tuple(down.shape) != (e, h, two_i // 2):
-        return (
-            f"gate_up_proj {tuple(gate_up.shape)} and down_proj {tuple(down.shape)} are not [E, 2I, H] and [E, H, I]"
-        )
-    gate = getattr(type(module), "_apply_gate", None)
-    if gate is not None and not gate.__module__.startswith("transformers.integrations"):
-        return "it has a gate function of its own"
-    x = torch.linspace(-6, 6, 25, device="cpu")
-    act = getattr(module, "act_fn", None)
-    if act is None or not torch.allclose(act(x), nn.functional.silu(x)):
-        return f"its activation is {type(act).__name__}, not silu"
-    return ""
-
-
-def _host_tensors(module: Any) -> tuple[Tensor, Tensor]:
-    """gate_up_proj [E, 2I, H] and down_proj [E, H, I] of a plain experts module in host memory (or on meta)."""
-    gate_up, down = (t if t.is_meta else t.cpu() for t in (module.gate_up_proj.detach(), module.down_proj.detach()))
-    return gate_up, down
-
-
-def _weights(gate_up: Tensor, down: Tensor) -> ExpertWeights:
-    """Views: gate is the first half of gate_up_proj, up the second."""
-    i = gate_up.shape[1] // 2
-    return ExpertWeights(gate_up[:, :i], gate_up[:, i:], down)
-
-
-def _check_loaded(name: str, module: Any) -> None:
-    if module.gate_up_proj.device.type == "meta":
-        raise KTError(f"{name}: its weights are on the meta device. Load the model's weights before attaching it.")
-
-
-def _top_k(model: Any, name: str) -> int:
-    """Experts per token, from the router beside the experts, else from the configuration."""
-    parent = model.get_submodule(name.rpartition(".")[0])
-    for module in (*parent.children(), parent):
-        value = getattr(module, "top_k", None)
-        if isinstance(value, int):
-            return value
-    config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
-    for key in ("num_experts_per_tok", "moe_k", "moe_topk"):
-        value = getattr(config, key, None)
-        if isinstance(value, int):
-            return value
-    raise KTError(f"{name}: neither its router nor the model's configuration says how many experts a token has.")
+def _allow_saving(model: nn.Module) -> None:
+    for module in model.modules():
+        for method in _SAVING:
+            vars(module).pop(method, None)
 
 
 def _refuse_save(name: str, *args: Any, **kwargs: Any) -> None:
     raise KTError(
-        f"{name}.save_pretrained: this model's routed experts are not among its parameters, so a checkpoint without "
-        "experts would be written. Save the adapter (PeftModel.save_pretrained); the base checkpoint is unchanged."
+        f"{name}: this model's routed experts are not among its parameters, so a checkpoint without experts would be "
+        "written. Save the adapter (PeftModel.save_pretrained); the base checkpoint is unchanged."
     )

@@ -4,9 +4,10 @@ import dataclasses
 
 import pytest
 import torch
+from families import logits, model
 from helpers import KERNEL_BACKENDS, weights
 from safetensors.torch import load_file, save_file
-from test_models import REFERENCE, logits, lora, model, moved
+from test_models import REFERENCE, lora, moved
 
 import ktmoe
 from ktmoe import KTConfig, KTError, MoEExperts, gate

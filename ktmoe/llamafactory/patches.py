@@ -15,9 +15,9 @@ from ktmoe.checkpoint import Checkpoint
 from ktmoe.llamafactory import checkpoints, keys, preflight
 from ktmoe.llamafactory.arguments import extend, kt_config
 from ktmoe.llamafactory.audio import torchaudio_stand_in
-from ktmoe.llamafactory.native import native_class, native_config
 from ktmoe.loading import forget_fp8, stream, without_experts
 from ktmoe.models import moe_layers, summary, unwrapped_layers
+from ktmoe.native import native_class, native_config
 from ktmoe.types import KTError
 
 
@@ -296,7 +296,7 @@ def _native(model_args: Any) -> str:
         return ""
     from llamafactory.model import loader
 
-    return native_class(model_args, loader._get_init_kwargs(model_args))
+    return native_class(model_args.model_name_or_path, loader._get_init_kwargs(model_args))
 
 
 def _init_adapter(original: Any) -> Any:

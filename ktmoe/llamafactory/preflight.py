@@ -283,12 +283,13 @@ def load_config(model_args: Any) -> Any:
     from llamafactory.model import loader
     from transformers.utils import logging
 
-    from ktmoe.llamafactory.native import native_class, native_config
+    from ktmoe.native import native_class, native_config
 
     verbosity = logging.get_verbosity()
     logging.set_verbosity_warning()  # LLaMA-Factory has just asked for more, which would print every configuration
     try:
-        with native_config(native_class(model_args, loader._get_init_kwargs(model_args))):
+        hub = loader._get_init_kwargs(model_args)
+        with native_config(native_class(model_args.model_name_or_path, hub)):
             return loader.load_config(model_args)
     except (OSError, ValueError) as error:
         raise KTError(

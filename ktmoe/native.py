@@ -6,7 +6,8 @@ the architecture. `trust_remote_code: true`, which many configurations set for t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 from unittest import mock
@@ -15,18 +16,18 @@ from transformers import AutoConfig, PretrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 
-def native_class(model_args: Any, hub: dict[str, Any]) -> str:
+def native_class(path: str | os.PathLike[str], hub: Mapping[str, Any]) -> str:
     """The name of transformers' configuration class for the model, "" if it has none.
 
     Args:
-        model_args: `ModelArguments`; the model's name is resolved already.
+        path: a directory, or a name on the hub.
         hub: revision, token and so on.
 
     Raises:
         OSError: no such model.
     """
     options = {key: value for key, value in hub.items() if key != "trust_remote_code"}
-    raw, _ = PretrainedConfig.get_config_dict(model_args.model_name_or_path, **options)
+    raw, _ = PretrainedConfig.get_config_dict(path, **options)
     model_type = raw.get("model_type", "")
     return CONFIG_MAPPING[model_type].__name__ if model_type in CONFIG_MAPPING else ""
 
