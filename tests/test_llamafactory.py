@@ -344,6 +344,7 @@ class Memory(TrainerCallback):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("backend", ["torch", pytest.param("AMXBF16", marks=pytest.mark.kernel)])
 def test_dpo_with_checkpointing_does_not_grow(workspace, backend):
     from llamafactory.train.tuner import run_exp
