@@ -262,7 +262,7 @@ def _init_adapter(original: Any) -> Any:
 
 @contextlib.contextmanager
 def _adapter_functions() -> Iterator[None]:
-    """Within it, LLaMA-Factory makes and loads adapters by ktmoe; `lora_target: all` means the experts too, not the router."""
+    """Within it, LLaMA-Factory makes and loads adapters by ktmoe; `lora_target: all` is the experts too, no router."""
     from llamafactory.model import adapter
 
     find = adapter.find_all_linear_modules
