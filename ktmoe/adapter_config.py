@@ -33,6 +33,11 @@ class ModuleLora:
     parameter: bool
 
 
+def target_parameters(config: LoraConfig) -> list[str]:
+    """Parameters that have LoRA; peft before 0.17 has no word for it."""
+    return list(getattr(config, "target_parameters", None) or ())
+
+
 def scale(config: LoraConfig, rank: int, alpha: float) -> float:
     return alpha / (math.sqrt(rank) if config.use_rslora else rank)
 
@@ -70,7 +75,7 @@ def modules_of(found: Mapping[str, tuple[int, ...]], config: LoraConfig) -> dict
         name, lora, side = key.removeprefix(PREFIX).partition(".lora_")
         if lora and side in ("A.weight", "embedding_A"):
             weight = f"{name}.weight"
-            parameter = any(weight == t or weight.endswith(f".{t}") for t in config.target_parameters or ())
+            parameter = any(weight == t or weight.endswith(f".{t}") for t in target_parameters(config))
             alpha = pattern_value(config.alpha_pattern, weight if parameter else name, config.lora_alpha)
             modules[name] = ModuleLora(shape[0], alpha, parameter)
     return modules
@@ -114,12 +119,13 @@ def saved_config(
         others = {n for n in names if ".".join(n.split(".")[-2:]) in parents} - these
         parameters |= {f"{n}.weight" for n in (these if others else parents)}
     if experts and layout.adapter_format == PER_EXPERT:
-        targets |= set(layout.projections.values())
+        named = set(layout.projections.values())  # on disk they name shared experts and dense MLPs as well
+        targets = {t for t in targets if t.rpartition(".")[2] not in named} | named
     elif experts:
         parameters |= {f"{n}.{p}" for n in short_names(experts, names) for p in ("gate_up_proj", "down_proj")}
-    named = {f"{n}.weight" if n in as_parameter else n: n for n in modules}
-    rank_pattern = patterns({key: ranks[n] for key, n in named.items()}, saved["r"])
-    alpha_pattern = patterns({key: alphas[n] for key, n in named.items()}, saved["lora_alpha"])
+    keys = {f"{n}.weight" if n in as_parameter else n: n for n in modules}
+    rank_pattern = patterns({key: ranks[n] for key, n in keys.items()}, saved["r"])
+    alpha_pattern = patterns({key: alphas[n] for key, n in keys.items()}, saved["lora_alpha"])
     if experts and layout.adapter_format != PER_EXPERT:
         rank_pattern[r"experts\.gate_up_proj"] = 2 * saved["r"]
         alpha_pattern[r"experts\.gate_up_proj"] = 2 * saved["lora_alpha"]

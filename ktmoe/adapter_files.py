@@ -31,6 +31,7 @@ from ktmoe.adapter_config import (
     readable,
     saved_config,
     scale,
+    target_parameters,
 )
 from ktmoe.fused_lora import ExpertLora, Fused, fuse, split, unite, unpack
 from ktmoe.layout import PER_EXPERT, CheckpointLayout
@@ -218,7 +219,7 @@ def _fused_place(
     if any(tail.startswith("base_layer.") for tail in keys):  # the parameter that is wrapped first is inside
         tails = {"gate_up_proj": "base_layer.", "down_proj": ""}
     else:
-        named = [p for p in sizes if any(t.rpartition(".")[2] == p for t in config.target_parameters or ())]
+        named = [p for p in sizes if any(t.rpartition(".")[2] == p for t in target_parameters(config))]
         tails = {named[0] if len(named) == 1 else "gate_up_proj": ""}
 
     def fits(parameter: str, tail: str, swapped: bool) -> bool:

@@ -223,7 +223,8 @@ def _check_modules(adapter: Adapter, model: nn.Module) -> None:
             if here != wanted:
                 raise KTError(f"{adapter.source}: {key} is {tuple(tensor.shape)}; the model has {wanted} for {here}.")
     config: Any = model.config
-    if getattr(config.get_text_config(), "tie_word_embeddings", False):
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    if getattr(text, "tie_word_embeddings", False):
         ends = {id(m) for m in (model.get_input_embeddings(), model.get_output_embeddings())}  # type: ignore[operator]
         tied = [n for n, m in model.named_modules() if id(m) in ends]
         hit = [

@@ -294,5 +294,6 @@ def _top_k(model: Any, name: str) -> int:
 def _refuse_save(name: str, *args: Any, **kwargs: Any) -> None:
     raise KTError(
         f"{name}.save_pretrained: this model's routed experts are not among its parameters, so a checkpoint without "
-        "experts would be written. Save the adapter (PeftModel.save_pretrained); the base checkpoint is unchanged."
+        "experts would be written. Save the adapter (PeftModel.save_pretrained); `ktmoe merge` writes a checkpoint "
+        "with it merged in. A model that was in memory when it was attached saves after ktmoe.detach."
     )

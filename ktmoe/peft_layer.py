@@ -52,6 +52,7 @@ class LoraExperts(nn.Module, LoraLayer):
         with warnings.catch_warnings():  # peft warns of any layer type that is not its own
             warnings.filterwarnings("ignore", message="Unsupported layer type")
             LoraLayer.__init__(self, base_layer)
+        self.use_rslora = getattr(self, "use_rslora", {})  # peft 0.12 has none
         self._active_adapter = adapter_name
         self._source: ExpertWeights | None = None  # the base's own weights, while it computes with a merged copy
         r, lora_alpha = kwargs.pop("r"), kwargs.pop("lora_alpha")

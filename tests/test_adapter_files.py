@@ -7,7 +7,7 @@ import warnings
 import peft
 import pytest
 import torch
-from helpers import relative
+from helpers import call, relative, weights
 from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -15,7 +15,7 @@ from test_models import FAMILIES, REFERENCE, logits, lora, model, moved
 from transformers import AutoModelForCausalLM, HunYuanMoEV1Config
 
 import ktmoe
-from ktmoe import KTError, adapter_files, adapters, backends, fused_lora
+from ktmoe import KTError, MoEExperts, adapter_files, adapters, backends, fused_lora
 from ktmoe.adapter_targets import routers
 from ktmoe.layout import FUSED, checkpoint_layout
 from ktmoe.models import attach
@@ -36,6 +36,36 @@ def saved(folder):
 
 def rewrite(folder, tensors):
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def test_a_module_that_is_no_transformers_model(tmp_path):
+    """Whatever peft and transformers are installed: made, trained, disabled, merged, saved, loaded."""
+    module = torch.nn.Module()
+    module.q = torch.nn.Linear(64, 64)
+    module.experts = MoEExperts(weights(), top_k=2, config=REFERENCE)
+    module.forward = lambda x, *routing: module.experts(module.q(x), *routing)
+    args = call(module.experts)
+    base = module(*args).detach()
+    made = moved(adapters.get_peft_model(module, lora("q", "experts", task_type=None)))
+    made(*args).sum().backward()
+    assert all(p.grad is not None for p in made.parameters() if p.requires_grad)
+    expected = made(*args).detach()
+    made.save_pretrained(tmp_path)
+    with made.disable_adapter():
+        assert torch.equal(made(*args), base)
+    made.merge_adapter()
+    assert relative(made(*args).detach(), expected) < 0.01  # bf16 weights
+    made.unmerge_adapter()
+    assert relative(made(*args).detach(), expected) < 1e-6
+    made.add_adapter("other", lora("experts", r=2, task_type=None))
+    made.set_adapter("other")
+    made.set_adapter("default")
+    made.delete_adapter("other")
+    again = ktmoe.load_adapter(made.unload(), tmp_path)
+    assert relative(again(*args).detach(), expected) < 1e-6
+    bare = again.merge_and_unload()
+    assert bare is module
+    assert relative(bare(*args).detach(), expected) < 0.01
 
 
 @stock_reads

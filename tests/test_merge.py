@@ -4,13 +4,14 @@ import json
 import shutil
 import weakref
 
+import peft
 import pytest
 import torch
 from helpers import KERNEL_BACKENDS, relative
 from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_adapter_files import stock_reads
+from test_adapter_files import LAYOUTS, stock_reads
 from test_loading import as_fp8
 from test_models import FAMILIES, REFERENCE, logits, lora, model, moved
 from transformers import AutoModelForCausalLM
@@ -277,8 +278,6 @@ def test_fp8_becomes_bf16(copied, trained):
 
 @stock_reads
 def test_an_adapter_that_stock_peft_made(trained, tmp_path):
-    import peft
-
     folder, _ = trained()
     targets = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj", "mlp.gate.weight"]
     options = dict(target_parameters=targets, modules_to_save=["lm_head"], use_rslora=True)
@@ -288,6 +287,18 @@ def test_an_adapter_that_stock_peft_made(trained, tmp_path):
     assert done.counts == {"experts": 36, "attention": 3, "elsewhere": 5}  # three routers, embedding, head
     assert relative(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out")), logits(theirs)) < 1e-5
     assert relative(logits(theirs), logits(PeftModel.from_pretrained(model(), tmp_path / "adapter"))) < 1e-6
+
+
+@pytest.mark.skipif(LAYOUTS["Qwen3-MoE"].stacked, reason="transformers 5 stacks the experts")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_adapter_of_one_linear_layer_per_expert(family, tmp_path):
+    """transformers 4: stock peft trains them; ktmoe merges them."""
+    model(family).save_pretrained(tmp_path / "base", max_shard_size="100KB")
+    theirs = moved(peft.get_peft_model(model(family), lora("q_proj", *LAYOUTS[family].projections.values())))
+    theirs.save_pretrained(tmp_path / "adapter")
+    ktmoe.merge_adapter(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out", torch_dtype=torch.float32)
+    assert relative(logits(merged), logits(theirs)) < 1e-5
 
 
 def test_one_tensor_in_memory_at_a_time(trained, tmp_path, monkeypatch):
