@@ -11,6 +11,7 @@ import functools
 import math
 import os
 import unittest.mock
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,6 @@ from ktmoe.adapter_targets import (
     routers,
     with_experts_layer,
 )
-from ktmoe.backends import say_once
 from ktmoe.experts import MoEExperts
 from ktmoe.fused_lora import ExpertLora
 from ktmoe.peft_layer import LoraExperts
@@ -127,7 +127,7 @@ class _KTPeftMixin:
             }
             write_experts(folder, experts, layout, names)
             if experts and layout.unreadable:
-                say_once(f"ktmoe: {layout.unreadable}")
+                warnings.warn(f"ktmoe: {layout.unreadable}", stacklevel=2)
 
     def load_adapter(self: Any, model_id: str, adapter_name: str, is_trainable: bool = False, **kwargs: Any) -> Any:
         """`PeftModel.load_adapter`, of every format that `ktmoe.load_adapter` reads."""

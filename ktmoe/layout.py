@@ -102,7 +102,7 @@ def _unreadable() -> str:
     if TorchVersion(peft.__version__) >= "0.20":
         return ""
     return (
-        f"peft {peft.__version__} cannot read LoRA of routed experts on transformers {transformers.__version__}: "
+        f"peft {peft.__version__} does not read LoRA of routed experts on transformers {transformers.__version__}: "
         "it fails or ignores them. Load the adapter with ktmoe.load_adapter, merge it with `ktmoe merge`, or use peft "
         "0.20 or later."
     )
