@@ -1,4 +1,4 @@
-"""The command line: `ktmoe train`, `ktmoe verify`."""
+"""The command line: `ktmoe train`, `ktmoe verify`, `ktmoe merge`."""
 
 from __future__ import annotations
 
@@ -95,6 +95,21 @@ def verify(
         raise SystemExit(report.verify(output, model, rank, seed, soak_minutes, allow_unverified, results.console()))
 
     run(command)
+
+
+@app.command()
+def merge(
+    model: Annotated[str, typer.Argument(help="The base model: a folder with safetensors, or a hub name.")],
+    adapter: Annotated[str, typer.Argument(help="The LoRA adapter: a folder, or a hub name.")],
+    out: Annotated[Path, typer.Argument(help="Where the merged model goes: a folder that is not there yet.")],
+) -> None:
+    """Merge an adapter into its base model: a plain checkpoint that transformers and serving engines load.
+
+    Written shard by shard, with one tensor in memory at a time. OUT appears when it is complete, or not at all.
+    """
+    from ktmoe.merge import merge_adapter
+
+    run(lambda: typer.echo(str(merge_adapter(model, adapter, out))))
 
 
 def main() -> None:

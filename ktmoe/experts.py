@@ -142,6 +142,23 @@ class MoEExperts(nn.Module):
             check_lora(lora, backend.shape)
         return run_experts(backend, hidden_states, top_k_index, top_k_weights, lora)
 
+    def use_weights(self, weights: ExpertWeights) -> None:
+        """Computes with other weights of the same sizes from now on; a backend that is loaded is loaded again.
+
+        Raises:
+            KernelError: the kernel failed its probe on them. The weights are the old ones.
+        """
+        before, self.weights = self.weights, weights
+        if self._backend is None:
+            return
+        rank, scaling = self._backend.shape.rank, getattr(self._backend, "scaling", 1.0)
+        self.close()
+        try:
+            self.load(rank, scaling)
+        except BaseException:
+            self.weights = before
+            raise
+
     def close(self) -> None:
         """Releases the backend. The kernel's packed buffers go to the next layer that is built alike (trap K22)."""
         if self._backend is not None:

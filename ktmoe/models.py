@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import warnings
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,12 +16,11 @@ from tqdm.auto import tqdm
 from ktmoe.adapters import check_lora_config, get_peft_model
 from ktmoe.backends import kernel, plan
 from ktmoe.checkpoint import Checkpoint
-from ktmoe.checkpoint_names import CheckpointNames
 from ktmoe.config import KTConfig
 from ktmoe.experts import MoEExperts
-from ktmoe.families import expert_modules, find, put_back
+from ktmoe.families import Layer, expert_modules, find, names_on_disk, put_back
 from ktmoe.peft_layer import LoraExperts
-from ktmoe.types import KTError, MoEShape
+from ktmoe.types import ExpertWeights, KTError, MoEShape
 
 
 if TYPE_CHECKING:
@@ -64,9 +65,7 @@ def attach(
         tensors = {name: layer.host_tensors() for name, layer in found.items()}
         weights = {name: layer.weights(tensors[name]) for name, layer in found.items()}
         if checkpoint is not None:
-            sizes = {name: (w.num_experts, w.intermediate_size, w.hidden_size) for name, w in weights.items()}
-            others = {key: place for layer in found.values() for key, place in layer.disk_names().items()}
-            weights = checkpoint.experts(sizes, CheckpointNames(model, found, others))
+            weights = _on_disk(model, found, checkpoint)
         for name, layer in found.items():
             if checkpoint is None and any(t.is_meta for t in tensors[name].values()):
                 raise KTError(
@@ -193,9 +192,13 @@ def expert_shapes(model_config: Any, r: int, *, trust_remote_code: bool = False)
                 "deepseek_v3 into its config.json."
             ) from error
         raise KTError(f"transformers has no language model for {type(model_config).__name__}: {error}") from error
-    found = [(layer.weights(layer.host_tensors()), layer.top_k) for layer in find(skeleton).values()]
-    shapes = [MoEShape(w.num_experts, w.hidden_size, w.intermediate_size, top_k, r) for w, top_k in found]
-    return list(dict.fromkeys(shapes))
+    return list(dict.fromkeys(replace(layer.shape(), rank=r) for layer in find(skeleton).values()))
+
+
+def _on_disk(model: nn.Module, found: Mapping[str, Layer], checkpoint: Checkpoint) -> dict[str, ExpertWeights]:
+    shapes = {name: layer.shape() for name, layer in found.items()}
+    sizes = {name: (s.num_experts, s.intermediate_size, s.hidden_size) for name, s in shapes.items()}
+    return checkpoint.experts(sizes, names_on_disk(model, found))
 
 
 def moe_layers(model: nn.Module) -> dict[str, MoEExperts]:
@@ -261,5 +264,6 @@ def _allow_saving(model: nn.Module) -> None:
 def _refuse_save(name: str, *args: Any, **kwargs: Any) -> None:
     raise KTError(
         f"{name}: this model's routed experts are not among its parameters, so a checkpoint without experts would be "
-        "written. Save the adapter (PeftModel.save_pretrained); the base checkpoint is unchanged."
+        "written. Save the adapter (PeftModel.save_pretrained); `ktmoe merge` writes a checkpoint with it merged in. "
+        "A model that was in memory when it was attached saves after ktmoe.detach."
     )

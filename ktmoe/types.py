@@ -146,6 +146,11 @@ class Lora:
         """r."""
         return self.tensors["gate_proj.lora_A"].shape[1]
 
+    def delta(self, projection: str, e: int) -> Tensor:
+        """scaling * B A of one expert: [out, in] float32."""
+        a, b = self.tensors[f"{projection}.lora_A"][e], self.tensors[f"{projection}.lora_B"][e]
+        return (b.float() @ a.float()).mul_(self.scaling)
+
     def __iter__(self) -> Iterator[Tensor]:
         """The six tensors in the order of `LORA_NAMES`."""
         return (self.tensors[name] for name in LORA_NAMES)
