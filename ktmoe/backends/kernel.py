@@ -242,7 +242,10 @@ class KernelBackend(Backend):
             )
         with self._host.lock:  # the task queue takes one caller at a time (K26), and the cache belongs to one call
             if self._moe is None:
-                raise KTError("This backend was closed.")
+                raise KTError(
+                    "These experts were closed, or their model detached, and cannot compute any more. Run every "
+                    "backward before that."
+                )
             yield
 
     def _refresh(self, inputs: Inputs) -> None:
