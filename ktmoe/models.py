@@ -132,20 +132,41 @@ def expert_shapes(model_config: Any, r: int) -> list[MoEShape]:
     Raises:
         KTError: no MoE layer, experts that are not plain, or a rank that is no whole number above zero.
     """
-    from transformers import AutoModelForCausalLM
-
     if isinstance(r, bool) or not isinstance(r, int) or r < 1:
         raise KTError(f"lora_rank: got {r!r}; expected a whole number of at least 1.")
+    found = [(_weights(*_host_tensors(module)), top_k) for module, top_k in _find(_skeleton(model_config)).values()]
+    shapes = [MoEShape(w.num_experts, w.hidden_size, w.intermediate_size, top_k, r) for w, top_k in found]
+    return list(dict.fromkeys(shapes))
+
+
+def experts_in(model_config: Any, checkpoint: Checkpoint) -> dict[str, ExpertWeights]:
+    """The routed experts in a checkpoint, by the name that their module has in the model. Nothing is loaded.
+
+    Args:
+        model_config: a transformers configuration.
+        checkpoint: its files.
+
+    Raises:
+        KTError: as `attach`; or matrices that are missing, there twice, or of another shape.
+    """
+    skeleton = _skeleton(model_config)
+    found = _find(skeleton)
+    weights = {name: _weights(*_host_tensors(module)) for name, (module, _) in found.items()}
+    sizes = {name: (w.num_experts, w.intermediate_size, w.hidden_size) for name, w in weights.items()}
+    return checkpoint.experts(sizes, CheckpointNames(skeleton, found))
+
+
+def _skeleton(model_config: Any) -> nn.Module:
+    """The model without weights."""
+    from transformers import AutoModelForCausalLM
+
     try:
         with torch.device("meta"), warnings.catch_warnings(action="ignore"):
-            skeleton = AutoModelForCausalLM.from_config(model_config, trust_remote_code=False)
+            return AutoModelForCausalLM.from_config(model_config, trust_remote_code=False)
     except (ValueError, KeyError, AttributeError, ImportError) as error:
         raise KTError(
             f"transformers has no causal language model for {type(model_config).__name__}: {error}"
         ) from error
-    found = [(_weights(*_host_tensors(module)), top_k) for module, top_k in _find(skeleton).values()]
-    shapes = [MoEShape(w.num_experts, w.hidden_size, w.intermediate_size, top_k, r) for w, top_k in found]
-    return list(dict.fromkeys(shapes))
 
 
 def moe_layers(model: nn.Module) -> dict[str, MoEExperts]:

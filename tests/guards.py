@@ -7,7 +7,7 @@ import itertools
 import torch
 
 from ktmoe import autograd, contract, experts, validation
-from ktmoe.backends import extension, kernel
+from ktmoe.backends import extension, kernel, objects
 from ktmoe.backends.extension import Host
 from ktmoe.backends.kernel import KernelBackend
 from ktmoe.config import KTConfig
@@ -71,11 +71,11 @@ def tickets():
 
 
 def setting(name, value):
-    kernel._SETTINGS[name] = value
+    objects._SETTINGS[name] = value
 
 
 def layer_ids():
-    kernel._LAYER_IDS = itertools.repeat(1)
+    objects._LAYER_IDS = itertools.repeat(1)
 
 
 def refresh():
