@@ -103,8 +103,8 @@ class KTConfig:
         object.__setattr__(self, "kt_weight_path", os.fspath(self.kt_weight_path))
         if self.kt_backend != "AMXInt8":
             raise KTError(
-                f"kt_weight_path: its packed weights are INT8, which only AMXInt8 computes with; got kt_backend: "
-                f"{self.kt_backend}. Write kt_backend: AMXInt8, or leave kt_weight_path out."
+                f"kt_weight_path: got {self.kt_weight_path!r} with kt_backend: {self.kt_backend}; packed weights are "
+                "INT8, which only AMXInt8 computes with. Write kt_backend: AMXInt8, or leave kt_weight_path out."
             )
         PackedModel(self.kt_weight_path)
 

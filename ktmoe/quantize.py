@@ -199,8 +199,10 @@ def _locked(out: Path) -> Iterator[Path]:
             scratch = out / _SCRATCH
             shutil.rmtree(scratch, ignore_errors=True)
             scratch.mkdir()
-            yield scratch
-            shutil.rmtree(scratch)
+            try:
+                yield scratch
+            finally:
+                shutil.rmtree(scratch)
         finally:
             os.close(folder)
     except BlockingIOError:
