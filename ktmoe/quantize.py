@@ -19,9 +19,6 @@ from tqdm.auto import tqdm
 import ktmoe
 from ktmoe.backends import kernel, usable_cores
 from ktmoe.backends.int8_files import Int8Files
-from ktmoe.checkpoint import Checkpoint
-from ktmoe.loading import forget_fp8
-from ktmoe.models import experts_in
 from ktmoe.packed import FILES, FORMAT, MANIFEST, PackedFile, PackedLayer, Recipe, fingerprint, write_manifest
 from ktmoe.types import ExpertWeights, KTError
 
@@ -49,6 +46,10 @@ def quantize(
             no space; or a folder that holds something else.
     """
     from transformers import AutoConfig
+
+    from ktmoe.checkpoint import Checkpoint
+    from ktmoe.loading import forget_fp8
+    from ktmoe.models import experts_in
 
     try:
         model_config = AutoConfig.from_pretrained(model)

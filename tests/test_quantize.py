@@ -15,6 +15,7 @@ import textwrap
 import psutil
 import pytest
 import torch
+from amx_emulation import build as amx
 from helpers import SMALL, limits, stack, weights
 from test_loading import as_fp8
 from test_models import IDS, logits, lora, model, moved
@@ -281,10 +282,9 @@ def test_without_a_kernel(packed, monkeypatch):
         pack(layers(), packed, "drawn")
 
 
-def python(program, code=0):
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, timeout=120
-    )
+def python(program, code=0, **environment):
+    command = [sys.executable, "-c", textwrap.dedent(program)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env={**os.environ, **environment})
     assert done.returncode == code, done.stderr
     return done
 
@@ -366,7 +366,7 @@ def test_layers_that_look_alike(tmp_path):
     """Weights say which layer they are; those that cannot are not packed."""
     one = weights(seed=1)
     other = dataclasses.replace(one, up_proj=one.up_proj.clone())
-    other.up_proj[0, 0] += 1  # not a row of the sample
+    other.up_proj[0, 0] += 1  # not in the sample
     with pytest.raises(KTError, match=r"layers\.1.* and .*layers\.0.* have different weights that look alike"):
         pack({KEY.format(0): one, KEY.format(1): other}, tmp_path / "other", "drawn", threads=2)
     pack({KEY.format(0): one, KEY.format(1): one}, tmp_path / "same", "drawn", threads=2)
@@ -426,6 +426,40 @@ def test_fp8_checkpoints_and_layers_that_do_not_start_at_zero(tmp_path):
     assert sorted(f.name for f in (tmp_path / "packed").glob("_layer_*")) == ["_layer_1", "_layer_2"]
     a, b = (ktmoe.load_model(tmp_path / "model", int8(path), r=4) for path in (tmp_path / "packed", None))
     assert torch.equal(logits(a), logits(b))
+    stack = next(iter(moe_layers(a).values())).weights.up_proj
+    assert all(torch.equal(stack.row(e, n), stack[e][n]) for e in (0, 3) for n in (0, 31, 32, 63))
+
+
+def test_the_amx_binary_packs_the_same_bytes(packed, tmp_path):
+    """A folder serves both kinds of CPU. AMX is emulated where the CPU has none."""
+    if amx.missing():
+        pytest.skip(f"AMX NOT verified on this host: {amx.missing()}")
+    program = f"""
+        from pathlib import Path
+        from helpers import weights
+        from ktmoe.backends import kernel
+        from ktmoe.quantize import pack
+        layers = {{{KEY!r}.format(n): weights(seed=n) for n in range(3)}}
+        pack(layers, Path({str(tmp_path / "amx")!r}), "drawn", threads=2)
+        print(kernel.variant())
+    """
+    done = python(program, **amx.environment(amx.library(tmp_path)))
+    assert done.stdout == "amx\n"
+    files = [f for f in packed.glob("_layer_*/**/*") if f.is_file()]
+    assert len(files) == 3 * (4 * 3 * 2 + 1)
+    assert all((tmp_path / "amx" / f.relative_to(packed)).read_bytes() == f.read_bytes() for f in files)
+
+
+@pytest.mark.slow
+def test_llamafactory_trains_with_it(tmp_path):
+    """Stock LLaMA-Factory, with the losses of weights quantised while loading."""
+    llamafactory = pytest.importorskip("test_llamafactory")
+    workspace = llamafactory.Workspace(tmp_path)
+    quantize(workspace.model, tmp_path / "packed", threads=2)
+    keys = dict(kt_backend="AMXInt8", kt_num_threads=2, kt_max_len=256)
+    found, _ = workspace.train("from_disk", kt_weight_path=str(tmp_path / "packed"), **keys)
+    assert len(found) == llamafactory.STEPS
+    assert found == workspace.train("online", **keys)[0]
 
 
 def test_the_command(checkpoint, tmp_path):

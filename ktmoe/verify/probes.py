@@ -6,6 +6,7 @@ them in a process of their own; tests/test_kernel_traps.py takes each guard away
 
 from __future__ import annotations
 
+import functools
 import gc
 import sys
 import tempfile
@@ -333,8 +334,8 @@ def _packed_weights(name: str) -> list[str]:
         (layer,) = pack({"layers.0.experts": case.weights}, Path(directory), "drawn", threads=2)
         found = []
         if name != "AMXInt8":
-            config = {"kt_backend": name, "kt_weight_path": directory}
-            found += _refused("packed INT8 weights", "kt_weight_path", lambda: KTConfig(**config))
+            path_given = functools.partial(KTConfig, kt_backend=name, kt_weight_path=directory)
+            found += _refused("packed INT8 weights", "kt_weight_path", path_given)
         for kind in ("quant", "scale"):
             file = next(f for f in layer.files() if f.expert == 2 and f.kind == kind)
             path = layer.folder / file.name
