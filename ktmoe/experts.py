@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ktmoe.autograd import run_experts
-from ktmoe.backends import Plan, build, plan
+from ktmoe.backends import Plan, build, find_packed, plan
 from ktmoe.config import KTConfig
 from ktmoe.gate import ensure_verified, probe
 from ktmoe.interface import Backend
@@ -99,7 +99,7 @@ class MoEExperts(nn.Module):
         The kernel is verified first: by the contract gate for its shape on this host, then on these very weights.
 
         Raises:
-            KTError: the kernel was loaded for a smaller rank.
+            KTError: the kernel was loaded for a smaller rank, or `kt_weight_path` holds other or damaged weights.
             KernelError: the kernel failed a check, and `kt_fallback` is `error`.
         """
         outgrown = self._backend is not None and self._backend.shape.rank < rank
@@ -108,8 +108,10 @@ class MoEExperts(nn.Module):
             if any(getattr(self.weights, p)[0].is_meta for p in PROJECTIONS):
                 raise KTError("weights: on the meta device, so there are none. Give ExpertWeights tensors with data.")
             with own_settings():
-                self.plan = ensure_verified(plan(self.config, shape), shape, self.config)
-                backend = build(self.plan, self.weights, shape, scaling)
+                decided = plan(self.config, shape)
+                packed = find_packed(decided, self.weights, self.config)  # before the gate, which takes seconds
+                self.plan = ensure_verified(decided, shape, self.config)
+                backend = build(self.plan, self.weights, shape, scaling, packed if self.plan.is_kernel else None)
                 if self.plan.is_kernel:
                     backend, self.plan = probe(backend, self.plan, self.weights, self.config)
             self._backend = backend

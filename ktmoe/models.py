@@ -179,10 +179,37 @@ def expert_shapes(model_config: Any, r: int, *, trust_remote_code: bool = False)
     """
     if isinstance(r, bool) or not isinstance(r, int) or r < 1:
         raise KTError(f"lora_rank: got {r!r}; expected a whole number of at least 1.")
+    skeleton = _skeleton(model_config, trust_remote_code)
+    return list(dict.fromkeys(replace(layer.shape(), rank=r) for layer in find(skeleton).values()))
+
+
+def experts_in(model_config: Any, checkpoint: Checkpoint) -> dict[str, ExpertWeights]:
+    """The routed experts in a checkpoint, by the name that their module has in the model. Nothing is loaded.
+
+    Args:
+        model_config: a transformers configuration.
+        checkpoint: its files.
+
+    Raises:
+        KTError: as `attach`; or matrices that are missing, there twice, or of another shape.
+    """
+    skeleton = _skeleton(model_config)
+    return _on_disk(skeleton, find(skeleton), checkpoint)
+
+
+def _on_disk(model: nn.Module, found: Mapping[str, Layer], checkpoint: Checkpoint) -> dict[str, ExpertWeights]:
+    shapes = {name: layer.shape() for name, layer in found.items()}
+    sizes = {name: (s.num_experts, s.intermediate_size, s.hidden_size) for name, s in shapes.items()}
+    return checkpoint.experts(sizes, names_on_disk(model, found))
+
+
+def _skeleton(model_config: Any, trust_remote_code: bool = False) -> nn.Module:
+    """The model without weights."""
     try:
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            skeleton = auto_class(model_config).from_config(model_config, trust_remote_code=trust_remote_code)
+            made: nn.Module = auto_class(model_config).from_config(model_config, trust_remote_code=trust_remote_code)
+            return made
     except (ValueError, KeyError, AttributeError, ImportError, TypeError) as error:
         if trust_remote_code:
             raise KTError(
@@ -192,13 +219,6 @@ def expert_shapes(model_config: Any, r: int, *, trust_remote_code: bool = False)
                 "deepseek_v3 into its config.json."
             ) from error
         raise KTError(f"transformers has no language model for {type(model_config).__name__}: {error}") from error
-    return list(dict.fromkeys(replace(layer.shape(), rank=r) for layer in find(skeleton).values()))
-
-
-def _on_disk(model: nn.Module, found: Mapping[str, Layer], checkpoint: Checkpoint) -> dict[str, ExpertWeights]:
-    shapes = {name: layer.shape() for name, layer in found.items()}
-    sizes = {name: (s.num_experts, s.intermediate_size, s.hidden_size) for name, s in shapes.items()}
-    return checkpoint.experts(sizes, names_on_disk(model, found))
 
 
 def moe_layers(model: nn.Module) -> dict[str, MoEExperts]:

@@ -6,11 +6,14 @@ them in a process of their own; tests/test_kernel_traps.py takes each guard away
 
 from __future__ import annotations
 
+import functools
 import gc
 import sys
+import tempfile
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -23,6 +26,7 @@ from ktmoe.backends.kernel import KernelBackend, valid_tp
 from ktmoe.config import KTConfig
 from ktmoe.experts import MoEExperts
 from ktmoe.interface import STATELESS
+from ktmoe.quantize import pack
 from ktmoe.types import ExpertWeights, Gradients, KTError, MoEShape
 from ktmoe.validation import make_inputs
 
@@ -326,7 +330,24 @@ def _reload(name: str) -> list[str]:
 
 @_trap(24, "a corrupted file of packed weights: loads silently")
 def _packed_weights(name: str) -> list[str]:
-    return _refused("kt_weight_path", "kt_weight_path", lambda: KTConfig(kt_backend=name, kt_weight_path="packed"))
+    case = _case()
+    with tempfile.TemporaryDirectory() as directory:
+        (layer,) = pack({"layers.0.experts": case.weights}, Path(directory), "drawn", threads=2)
+        found = []
+        if name != "AMXInt8":
+            path_given = functools.partial(KTConfig, kt_backend=name, kt_weight_path=directory)
+            found += _refused("packed INT8 weights", "kt_weight_path", path_given)
+        for kind in ("quant", "scale"):
+            file = next(f for f in layer.files() if f.expert == 2 and f.kind == kind)
+            path = layer.folder / file.name
+            content = bytearray(path.read_bytes())
+            content[len(content) // 2] ^= 1
+            path.write_bytes(content)
+            found += _refused(f"one bit of {path.name}", path.name, lambda: _load("AMXInt8", case, packed=layer))
+            content[len(content) // 2] ^= 1
+            path.write_bytes(content)
+        _load("AMXInt8", case, packed=layer)
+        return found
 
 
 @_trap(25, "weights that are not there: segfault")
