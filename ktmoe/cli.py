@@ -1,11 +1,11 @@
-"""The command line: `ktmoe train`, `verify`, `quantize`, `merge`."""
+"""The command line: `ktmoe train`, `chat`, `export`, `eval`, `verify`, `quantize`, `merge`."""
 
 from __future__ import annotations
 
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated, Any, Optional
 
 import typer
 
@@ -52,11 +52,13 @@ def _root(
     pass
 
 
-@app.command(
-    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
-    options_metavar="",
-    epilog="The keys of LLaMA-Factory itself are listed by: ktmoe train -h",
-)
+_FORWARD: dict[str, Any] = {  # for commands whose arguments are LLaMA-Factory's
+    "context_settings": {"allow_extra_args": True, "ignore_unknown_options": True},
+    "options_metavar": "",
+}
+
+
+@app.command(**_FORWARD, epilog="The keys of LLaMA-Factory itself are listed by: ktmoe train -h")
 def train(ctx: typer.Context) -> None:
     """Train with stock LLaMA-Factory: its arguments (CONFIG.yaml key=value ..., or --key value ...) plus ktmoe's.
 
@@ -66,6 +68,38 @@ def train(ctx: typer.Context) -> None:
     from ktmoe.llamafactory import main as train_main
 
     run(lambda: train_main(ctx.args))
+
+
+@app.command(**_FORWARD)
+def chat(ctx: typer.Context) -> None:
+    """Talk to a model in the terminal, by stock LLaMA-Factory: its arguments plus ktmoe's, as for train.
+
+    With use_kt: true the routed experts run on the CPU, with the LoRA of adapter_name_or_path.
+    """
+    from ktmoe.llamafactory import main as llamafactory
+
+    run(lambda: llamafactory(ctx.args, "chat"))
+
+
+@app.command(**_FORWARD)
+def export(ctx: typer.Context) -> None:
+    """Merge an adapter by stock LLaMA-Factory, without use_kt: its arguments. It is refused if LoRA would be lost."""
+    from ktmoe.llamafactory import main as llamafactory
+
+    run(lambda: llamafactory(ctx.args, "export"))
+
+
+@app.command("eval", hidden=True, **_FORWARD)
+def evaluate(ctx: typer.Context) -> None:
+    """Refused: LLaMA-Factory 0.9.5 has switched the command off."""
+
+    def command() -> None:
+        raise KTError(
+            "eval: LLaMA-Factory 0.9.5 has switched this command off. For the loss on a dataset: ktmoe train with "
+            "do_train: false, do_eval: true and eval_dataset."
+        )
+
+    run(command)
 
 
 @app.command()

@@ -1,110 +1,30 @@
-"""`ktmoe train`: real runs of stock LLaMA-Factory on a tiny Qwen3-MoE, each in a process of its own."""
+"""`ktmoe train`: real runs of stock LLaMA-Factory on a tiny Qwen3-MoE, as commands and in this process."""
 
+import gc
 import importlib.util
 import json
 import os
 import re
 import shutil
-import subprocess
-import sys
+import signal
 
+import psutil
 import pytest
 import torch
-import yaml
-from safetensors.torch import load_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from factory import LAYERS, E, Workspace, losses
+from peft import LoraConfig
+from safetensors.torch import load_file, save_file
+from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM, Qwen3MoeForCausalLM, TrainerCallback
 from typer.testing import CliRunner
 
 import ktmoe
 from ktmoe.cli import app
+from ktmoe.verify.growth import trend
 
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("llamafactory") is None, reason="LLaMA-Factory not installed")
 
 STEPS, HALF = 6, 3
-LAYERS, E = 2, 4
-
-
-def save_model(folder):
-    """Random weights, the experts' large enough that a wrong expert shows in the loss."""
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(), decoders.ByteLevel()
-    special = ["<eos>", "<pad>"]
-    trainer = trainers.BpeTrainer(special_tokens=special, initial_alphabet=alphabet, show_progress=False)
-    tokenizer.train_from_iterator(["the cat sat on the mat"], trainer)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>")
-    fast.save_pretrained(folder)
-    torch.manual_seed(0)
-    config = Qwen3MoeConfig(
-        vocab_size=len(fast),
-        hidden_size=64,
-        intermediate_size=64,
-        moe_intermediate_size=64,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        num_experts=E,
-        num_experts_per_tok=2,
-        initializer_range=0.2,
-        eos_token_id=0,
-        pad_token_id=1,
-    )
-    Qwen3MoeForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
-
-
-class Workspace:
-    """A model, a dataset and a configuration; `train` runs them with other keys in a folder of their own."""
-
-    def __init__(self, root):
-        self.root, self.model = root, root / "model"
-        save_model(self.model)
-        rows = [{"instruction": f"count {i}", "input": "", "output": f"cat {i} on mat {i * i}"} for i in range(12)]
-        (root / "rows.json").write_text(json.dumps(rows))
-        (root / "dataset_info.json").write_text(json.dumps({"rows": {"file_name": "rows.json"}}))
-        self.config = {
-            "model_name_or_path": str(self.model),
-            "stage": "sft",
-            "do_train": True,
-            "finetuning_type": "lora",
-            "lora_rank": 8,
-            "lora_target": "all",
-            "dataset": "rows",
-            "dataset_dir": str(root),
-            "template": "default",
-            "cutoff_len": 64,
-            "per_device_train_batch_size": 2,
-            "max_steps": STEPS,
-            "learning_rate": 1e-3,
-            "logging_steps": 1,
-            "save_steps": HALF,
-            "use_cpu": True,
-            "bf16": True,
-            "report_to": "none",
-            "use_kt": True,
-            "kt_backend": "torch",
-        }
-
-    def command(self, name, environment=None, **keys):
-        config = {**self.config, "output_dir": str(self.root / name), **keys}
-        path = self.root / f"{name}.yaml"
-        path.write_text(yaml.safe_dump(config))
-        return subprocess.run(
-            [sys.executable, "-m", "ktmoe.cli", "train", str(path), "logging_first_step=true"],
-            capture_output=True,
-            text=True,
-            timeout=240,
-            env={**os.environ, **(environment or {})},
-        )
-
-    def train(self, name, environment=None, **keys):
-        """The losses by step, and what was printed."""
-        done = self.command(name, environment, **keys)
-        assert done.returncode == 0, done.stderr[-3000:]
-        state = json.loads((self.root / name / "trainer_state.json").read_text())
-        return {log["step"]: log["loss"] for log in state["log_history"] if "loss" in log}, done.stdout
 
 
 @pytest.fixture(scope="module")
@@ -119,9 +39,9 @@ def trained(workspace):
 
 
 def test_loss_falls_and_the_summary_is_logged_once(trained):
-    losses, printed = trained
-    assert list(losses) == list(range(1, STEPS + 1))
-    assert losses[STEPS] < losses[1]
+    found, printed = trained
+    assert list(found) == list(range(1, STEPS + 1))
+    assert found[STEPS] < found[1]
     assert printed.count("ktmoe: routed experts on torch") == 1
     parameters = LAYERS * E * 3 * 8 * (64 + 64)
     assert f"{parameters:,} in expert LoRA" in printed
@@ -140,56 +60,19 @@ def test_adapter_has_peft_keys_per_expert(trained, workspace):
         assert "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight" in keys
 
 
-def assert_close(losses, other, within=0.01):
-    assert losses.keys() == other.keys()
-    for step, loss in losses.items():
-        assert abs(loss - other[step]) <= within * loss, f"step {step}: {other[step]}, expected {loss}"
+def adapter(folder):
+    return load_file(folder / "adapter_model.safetensors")
 
 
-def test_reference_backend_gives_the_same_losses(trained, workspace):
-    losses, _ = workspace.train("reference", kt_backend="reference")
-    assert_close(losses, trained[0])
-
-
-@pytest.mark.parametrize("backend", ["AMXBF16", pytest.param("AMXInt8", marks=pytest.mark.slow)])
-def test_kernel_gives_the_same_losses(trained, workspace, kernel, backend):
-    losses, printed = workspace.train(backend, kt_backend=backend, kt_num_threads=2)
-    assert f"ktmoe: routed experts on {backend}: kt_kernel" in printed
-    assert_close(losses, trained[0])
+def same(found, expected):
+    assert found.keys() == expected.keys()
+    assert [name for name in found if not torch.equal(found[name], expected[name])] == []
 
 
 def test_resume_continues_as_if_unbroken(trained, workspace):
     checkpoint = workspace.root / "trained" / f"checkpoint-{HALF}"
-    losses, _ = workspace.train("resumed", resume_from_checkpoint=str(checkpoint))
-    assert losses == trained[0]
-    unbroken = load_file(workspace.root / "trained" / "adapter_model.safetensors")
-    resumed = load_file(workspace.root / "resumed" / "adapter_model.safetensors")
-    assert unbroken.keys() == resumed.keys()
-    for name, tensor in unbroken.items():
-        assert torch.equal(tensor, resumed[name]), name
-
-
-def test_stock_llamafactory_agrees(trained, workspace):
-    """The oracle: with `use_kt: false` the same adapter gives the same loss by transformers' experts and peft's LoRA.
-
-    At the first step alone: stock peft fuses gate and up into one LoRA of twice the rank, and trains its zeros too.
-    """
-    model = workspace.root / "fp32"
-    shutil.copytree(workspace.model, model)
-    Qwen3MoeForCausalLM.from_pretrained(model, dtype=torch.float32).save_pretrained(model)
-    keys = {
-        "model_name_or_path": str(model),
-        "adapter_name_or_path": str(workspace.root / "trained" / f"checkpoint-{HALF}"),
-        "lora_rank": 4,  # the adapter's own rank counts
-        "max_steps": 1,
-        "bf16": False,
-    }
-    ours, printed = workspace.train("ours", kt_backend="reference", **keys)
-    stock, stock_printed = workspace.train("stock", use_kt=False, **keys)
-    assert "ktmoe: routed experts on reference" in printed
-    assert "ktmoe" not in stock_printed
-    assert_close(stock, ours, within=1e-5)
-    assert abs(stock[1] - trained[0][1]) > 0.01 * stock[1], "the adapter made no difference, nor would a wrong one"
+    assert workspace.run("resumed", resume_from_checkpoint=str(checkpoint)) == trained[0]
+    same(adapter(workspace.root / "resumed"), adapter(workspace.root / "trained"))
 
 
 def test_remote_code_is_not_needed_where_transformers_has_the_class(workspace):
@@ -214,11 +97,266 @@ def test_error_is_one_line_and_exit_code_2(workspace):
     assert not (workspace.root / "refused").exists()
 
 
+def answers(workspace, **keys):
+    from llamafactory.chat import ChatModel
+
+    config = {"model_name_or_path": str(workspace.fp32()), "template": "default", "infer_dtype": "float32", **keys}
+    chat = ChatModel({**config, "do_sample": False, "max_new_tokens": 12})
+    messages = [{"role": "user", "content": "count 3"}]
+    streamed = "".join(chat.stream_chat(messages))
+    (answer,) = chat.chat(messages)
+    assert answer.response_text == streamed
+    return streamed, chat.engine.model
+
+
+def test_chat(workspace):
+    """Greedy answers with the adapter, as stock LLaMA-Factory gives them by merging it."""
+    workspace.run("talkative", learning_rate=1e-2, model_name_or_path=str(workspace.fp32()), bf16=False)
+    one = {"adapter_name_or_path": str(workspace.root / "talkative")}
+    kt = {"use_kt": True, "kt_backend": "reference"}
+    ours, model = answers(workspace, **kt, **one)
+    assert len([m for m in model.modules() if isinstance(m, ktmoe.MoEExperts)]) == LAYERS
+    assert ours == answers(workspace, **one)[0]
+    assert ours != answers(workspace, **kt)[0]
+
+
+@pytest.mark.slow
+def test_chat_in_the_terminal(workspace, trained):
+    keys = {"do_sample": False, "max_new_tokens": 12, "adapter_name_or_path": str(workspace.root / "trained")}
+    training = [
+        key for key in workspace.config if key not in ("model_name_or_path", "template", "use_kt", "kt_backend")
+    ]
+    done = workspace.command(
+        "chat", command="chat", typed="count 3\nexit\n", **dict.fromkeys([*training, "output_dir"]), **keys
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "Assistant: " in done.stdout
+    assert "ktmoe: routed experts on torch" in done.stdout
+
+
+def test_export_without_use_kt_keeps_expert_lora(workspace):
+    """Stock LLaMA-Factory merges; the merged model's logits are those of the adapter on ktmoe."""
+    from llamafactory.train.tuner import export_model
+
+    workspace.run("exported", learning_rate=1e-2, model_name_or_path=str(workspace.fp32()), bf16=False)
+    one = str(workspace.root / "exported")
+    out = workspace.root / "merged"
+    keys = {"model_name_or_path": str(workspace.fp32()), "adapter_name_or_path": one, "template": "default"}
+    export_model({**keys, "export_dir": str(out), "infer_dtype": "float32"})
+    ids = torch.arange(2, 34).unsqueeze(0)
+    base = ktmoe.load_model(workspace.fp32(), ktmoe.KTConfig(kt_backend="reference"))
+    plain = base(ids).logits
+    ours = ktmoe.load_adapter(base, one)(ids).logits
+    torch.testing.assert_close(Qwen3MoeForCausalLM.from_pretrained(out)(ids).logits, ours, rtol=1e-3, atol=1e-3)
+    assert (ours - plain).abs().max() > 0.1
+
+
+def test_stock_peft_that_would_drop_expert_lora_is_refused(workspace, tmp_path):
+    """peft 0.20 has no Qwen2-MoE in its table: it would leave per-expert LoRA out and go on."""
+    from llamafactory.chat import ChatModel
+
+    config = Qwen2MoeConfig(
+        vocab_size=270, hidden_size=64, intermediate_size=64, moe_intermediate_size=64, num_hidden_layers=1,
+        shared_expert_intermediate_size=64, num_attention_heads=2, num_key_value_heads=2, num_experts=2,
+        num_experts_per_tok=2,
+    )  # fmt: skip
+    shutil.copytree(workspace.model, tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors"))
+    Qwen2MoeForCausalLM(config).save_pretrained(tmp_path / "model")
+    one = tmp_path / "adapter"
+    LoraConfig(r=2, target_modules=["q_proj", "gate_proj", "up_proj", "down_proj"]).save_pretrained(one)
+    tensors = {"self_attn.q_proj": (64, 64)} | {
+        f"mlp.experts.{e}.{p}": (64, 64) for e in range(2) for p in ("gate_proj", "up_proj", "down_proj")
+    }
+    save_file(
+        {
+            f"base_model.model.model.layers.0.{name}.lora_{side}.weight": torch.ones(2, n_in)
+            if side == "A"
+            else torch.ones(n_out, 2)
+            for name, (n_out, n_in) in tensors.items()
+            for side in "AB"
+        },
+        one / "adapter_model.safetensors",
+    )
+    keys = {"model_name_or_path": str(tmp_path / "model"), "adapter_name_or_path": str(one), "template": "default"}
+    with pytest.raises(ktmoe.KTError, match=r"leaves out without a word for Qwen2MoeForCausalLM. Write use_kt: true"):
+        ChatModel(keys)
+    ChatModel({**keys, "use_kt": True, "kt_backend": "reference"})
+
+
 @pytest.mark.slow
 def test_one_process_of_torchrun(trained, workspace):
-    losses, printed = workspace.train("torchrun", {"FORCE_TORCHRUN": "1"})
+    found, printed = workspace.train("torchrun", {"FORCE_TORCHRUN": "1"})
     assert "Initializing 1 distributed tasks" in printed
-    assert_close(losses, trained[0])
+    assert found == pytest.approx(trained[0], rel=1e-3)
+
+
+EXPERTS = {
+    f"layers.{n}.mlp.experts.{e}.{p}"
+    for n in range(LAYERS)
+    for e in range(E)
+    for p in ("gate_proj", "up_proj", "down_proj")
+}
+ATTENTION = {f"layers.{n}.self_attn.{p}_proj" for n in range(LAYERS) for p in "qkvo"}
+
+
+@pytest.mark.parametrize(
+    ("target", "expected"),
+    [
+        ("all", EXPERTS | ATTENTION),
+        ("q_proj,k_proj,v_proj,o_proj", ATTENTION),
+        ("experts", EXPERTS),
+        ("gate_proj,up_proj,down_proj", EXPERTS),
+        ("model.layers.1.mlp.experts,layers.0.self_attn.q_proj",
+         {name for name in EXPERTS if "layers.1." in name} | {"layers.0.self_attn.q_proj"}),
+    ],
+)  # fmt: skip
+def test_lora_target(workspace, target, expected, request):
+    workspace.run(request.node.name, lora_target=target, max_steps=1)
+    keys = adapter(workspace.root / request.node.name)
+    assert {k.removeprefix("base_model.model.model.").partition(".lora_")[0] for k in keys} == expected
+
+
+def logs(folder, key):
+    return [h[key] for h in json.loads((folder / "trainer_state.json").read_text())["log_history"] if key in h]
+
+
+def test_one_batch_however_it_is_cut(workspace):
+    """Twelve rows padded in one batch, packed into one sequence, or accumulated from six batches: one gradient."""
+    keys = dict(kt_backend="reference", bf16=False, max_steps=1, optim="sgd", learning_rate=1.0, max_grad_norm=1e9)
+    keys["model_name_or_path"] = str(workspace.fp32())
+    cuts = {
+        "padded": dict(per_device_train_batch_size=12),
+        "packed": dict(per_device_train_batch_size=1, packing=True, neat_packing=True, cutoff_len=1024),
+        "accumulated": dict(per_device_train_batch_size=2, gradient_accumulation_steps=6),
+    }
+    for name, cut in cuts.items():
+        found = workspace.run(name, **keys | cut)
+        assert found[1] == pytest.approx(losses(workspace.root / "padded")[1], rel=1e-5), name
+        expected = adapter(workspace.root / "padded")
+        for key, tensor in adapter(workspace.root / name).items():
+            torch.testing.assert_close(tensor, expected[key], rtol=1e-3, atol=1e-5)
+
+
+def test_the_best_model_is_loaded_at_the_end(workspace):
+    """A learning rate that ruins the model: the first checkpoint stays the best, and the run stops early."""
+    keys = dict(eval_dataset="rows", eval_strategy="steps", eval_steps=1, save_steps=1, learning_rate=0.3)
+    workspace.run("best", load_best_model_at_end=True, early_stopping_steps=2, **keys)
+    evaluated = logs(workspace.root / "best", "eval_loss")
+    assert min(evaluated) == evaluated[0]
+    assert 3 <= len(evaluated) < STEPS
+    same(adapter(workspace.root / "best"), adapter(workspace.root / "best" / "checkpoint-1"))
+
+
+def test_evaluation_alone(workspace, trained):
+    """`do_eval` with the adapter of a run gives the loss that the run itself ends with."""
+    keys = dict(do_train=False, do_eval=True, eval_dataset="rows")
+    from llamafactory.train.tuner import run_exp
+
+    run_exp(workspace.keys("evaluated", adapter_name_or_path=str(workspace.root / "trained"), **keys))
+    run_exp(workspace.keys("base", **keys))
+    loss, base = (
+        json.loads((workspace.root / name / "eval_results.json").read_text())["eval_loss"]
+        for name in ("evaluated", "base")
+    )
+    assert loss < base
+    both = workspace.run("both", do_eval=True, eval_dataset="rows")
+    assert both == trained[0]
+    assert json.loads((workspace.root / "both" / "eval_results.json").read_text())["eval_loss"] == pytest.approx(
+        loss, rel=5e-3
+    )
+
+
+_MORE = [pytest.param(name, marks=pytest.mark.slow) for name in ("rmsprop", "adagrad", "sgd")]
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch_fused", "adamw_torch", "adafactor", *_MORE])
+def test_optimizers(workspace, optim):
+    """Every step sees all rows, so that the loss has to fall."""
+    rate = {"sgd": 1.0, "rmsprop": 1e-4}.get(optim, 1e-3)
+    found = workspace.run(
+        optim, optim=optim, learning_rate=rate, per_device_train_batch_size=12, max_steps=3, save_strategy="no"
+    )
+    assert found[1] > found[2] > found[3]
+    moved = adapter(workspace.root / optim)
+    assert [k for k in moved if "lora_B" in k and not moved[k].any()] == []
+
+
+def test_loraplus(workspace):
+    """The B matrices of the experts move by the larger rate too. (Adam's first step is the learning rate.)"""
+    workspace.run("lora+", loraplus_lr_ratio=16, max_steps=1, learning_rate=1e-4)
+    moved = {k: v for k, v in adapter(workspace.root / "lora+").items() if "lora_B" in k}
+    assert all(v.abs().max().item() == pytest.approx(16e-4, rel=0.01) for v in moved.values())
+
+
+def test_data_loader_workers(workspace, trained, kernel):
+    """They are forked after the kernel has started its threads."""
+    keys = dict(kt_backend="AMXBF16", kt_num_threads=1, max_steps=2)
+    assert workspace.run("workers", dataloader_num_workers=2, **keys) == workspace.run("none", **keys)
+
+
+class Kill(TrainerCallback):
+    """Ends the process in the middle of writing a file of the second checkpoint."""
+
+    def __init__(self, module, name):
+        self.module, self.name, self.write = module, name, getattr(module, name)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == STEPS:
+            setattr(self.module, self.name, self.half)
+
+    def half(self, obj, path, *args, **kwargs):
+        self.write(obj, path, *args, **kwargs)
+        os.truncate(path, os.path.getsize(path) // 2)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("where", ["adapter", "optimizer"])
+def test_kill_in_mid_save(workspace, trained, where):
+    """The half-written checkpoint is left alone, and the run goes on from the complete one as if unbroken."""
+    from llamafactory.train.tuner import run_exp
+
+    name = f"killed-{where}"
+    keys = workspace.keys(name)
+    child = os.fork()
+    if not child:
+        import ktmoe.adapters
+
+        run_exp(
+            keys, callbacks=[Kill(*{"adapter": (ktmoe.adapters, "save_file"), "optimizer": (torch, "save")}[where])]
+        )
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    assert (workspace.root / name / f"checkpoint-{STEPS}").is_dir()
+    assert workspace.run(name) == trained[0]
+    same(adapter(workspace.root / name), adapter(workspace.root / "trained"))
+
+
+class Memory(TrainerCallback):
+    """Resident memory after every step of the last three quarters."""
+
+    def __init__(self):
+        self.bytes, self.process = [], psutil.Process()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step > state.max_steps / 4:
+            gc.collect()
+            self.bytes.append(self.process.memory_info().rss)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["torch", pytest.param("AMXBF16", marks=pytest.mark.kernel)])
+def test_dpo_with_checkpointing_does_not_grow(workspace, backend):
+    from llamafactory.train.tuner import run_exp
+
+    memory = Memory()
+    keys = dict(
+        stage="dpo", kt_backend=backend, kt_num_threads=1, max_steps=266, logging_steps=1000, save_strategy="no"
+    )
+    run_exp(workspace.keys(f"long-{backend}", **keys), callbacks=[memory])
+    line = trend(range(len(memory.bytes)), memory.bytes)
+    print(f"{line.growth / 2**20:.3f} MiB over {len(memory.bytes)} steps, surely {line.sure_growth / 2**20:.3f}")
+    assert len(memory.bytes) >= 199
+    assert line.sure_growth < 2**20 / 2
 
 
 def test_version_and_help():

@@ -10,7 +10,9 @@ import pytest
 import yaml
 from peft import LoraConfig, PrefixTuningConfig
 from transformers import LlamaConfig, Qwen3MoeConfig, TrainingArguments
+from typer.testing import CliRunner
 
+from ktmoe.cli import app
 from ktmoe.llamafactory import keys
 from ktmoe.types import KTError
 
@@ -27,6 +29,9 @@ SIZES = {
     "head_dim": 32,
 }
 MOE = {"moe_intermediate_size": 64, "num_experts": 4, "num_experts_per_tok": 2}
+
+
+INFERENCE = ("model_name_or_path", "use_kt", "kt_backend", "finetuning_type")
 
 
 class Loaded(Exception):
@@ -50,21 +55,23 @@ def model(tmp_path):
 @pytest.fixture
 def train(llamafactory, model, tmp_path, monkeypatch):
     """Runs `ktmoe train` with a configuration that fits, apart from the keys given."""
-    from llamafactory.train.sft import workflow
+    from llamafactory.chat import hf_engine
+    from llamafactory.train import dpo, sft
 
     from ktmoe.llamafactory import main
 
     def loading(*args, **kwargs):
         raise Loaded
 
-    for name in ("load_tokenizer", "get_dataset", "load_model"):
-        monkeypatch.setattr(workflow, name, loading)
+    for module in (sft.workflow, dpo.workflow, hf_engine):
+        for name in ("load_tokenizer", "get_dataset", "load_model"):
+            monkeypatch.setattr(module, name, loading, raising=module is not hf_engine)
     monkeypatch.setattr(sys, "argv", sys.argv)  # main changes these
     for name, value in (("USE_KT", "0"), ("NPROC_PER_NODE", "1"), ("PATH", os.environ["PATH"])):
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("LLAMAFACTORY_VERBOSITY", "WARNING")
 
-    def run(*argv, **given):
+    def run(*argv, command="train", **given):
         config = {
             "model_name_or_path": str(model),
             "stage": "sft",
@@ -81,8 +88,10 @@ def train(llamafactory, model, tmp_path, monkeypatch):
             **given,
         }
         path = tmp_path / "config.yaml"
+        if command != "train":
+            config = {k: v for k, v in config.items() if k in INFERENCE or k in given}
         path.write_text(yaml.safe_dump(config))
-        main([str(path), *argv])
+        main([str(path), *argv], command)
 
     return run
 
@@ -139,7 +148,11 @@ def test_misspelt_key_does_not_vanish(train, monkeypatch, allow_extra):
         ("lora_alpha", -1, "expects a number above 0"),
         ("finetuning_type", "full", "expects lora"),
         ("finetuning_type", "freeze", "expects lora"),
-        ("stage", "dpo", "expects sft"),
+        ("stage", "rm", "value head"),
+        ("stage", "ppo", "value head"),
+        ("ref_model_quantization_bit", 4, "kt_backend"),
+        ("ref_model_adapters", "one,two", "expects one adapter"),
+        ("infer_backend", "vllm", "by themselves"),
         ("use_dora", True, "plain LoRA only"),
         ("pissa_init", True, "plain LoRA only"),
         ("use_galore", True, "full weights"),
@@ -233,6 +246,88 @@ def test_no_such_model_and_adapter(train, tmp_path):
     assert refused(train, adapter_name_or_path=str(tmp_path)).startswith("adapter_name_or_path: got ")
 
 
+@pytest.mark.parametrize(("stage", "more"), [("dpo", {}), ("dpo", {"pref_loss": "orpo"}), ("sft", {})])
+def test_stages_that_are_built(train, stage, more):
+    with pytest.raises(Loaded):
+        train(stage=stage, **more)
+
+
+@pytest.mark.parametrize("loss", ["hinge", "ipo", "kto_pair"])
+def test_preference_losses_that_would_be_another(train, loss, monkeypatch):
+    from llamafactory.train.dpo import trainer
+
+    message = refused(train, stage="dpo", pref_loss=loss)
+    assert message.startswith(f"pref_loss: got '{loss}'")
+    assert "would compute the sigmoid loss" in message
+    monkeypatch.setattr(trainer.DPOTrainer, "dpo_loss", lambda self, a, b, c, d: None)  # an older trl
+    with pytest.raises(Loaded):
+        train(stage="dpo", pref_loss=loss)
+
+
+def test_reference_models(train, model, tmp_path):
+    assert "given without ref_model" in refused(train, stage="dpo", ref_model_adapters=str(tmp_path))
+    assert refused(train, stage="dpo", ref_model=str(tmp_path)).startswith("ref_model: model_name_or_path: got ")
+    LlamaConfig(**SIZES).save_pretrained(tmp_path / "dense")
+    assert "has no MoE layer" in refused(train, stage="dpo", ref_model=str(tmp_path / "dense"))
+    message = refused(train, stage="dpo", ref_model=str(model), ref_model_adapters=str(tmp_path))
+    assert message.startswith("ref_model: adapter_name_or_path: got ")
+    with pytest.raises(Loaded):
+        train(stage="dpo", ref_model=str(model))
+
+
+@pytest.mark.parametrize("optim", ["paged_adamw_8bit", "adamw_torch_8bit", "adamw_8bit", "schedule_free_adamw"])
+def test_optimizers_whose_package_is_missing(train, optim):
+    if any(importlib.util.find_spec(name) for name in ("bitsandbytes", "torchao", "schedulefree")):
+        pytest.skip("a package that this is about is installed")
+    message = refused(train, optim=optim)
+    assert message.startswith(f"optim: got '{optim}'; ")
+    assert "install" in message
+
+
+def test_checkpoints_that_are_not_whole(train, tmp_path):
+    """`kill -9` leaves one: by its name it would be the newest."""
+    from ktmoe.llamafactory.checkpoints import last_complete
+
+    out = tmp_path / "out"
+    for step, state in ((2, '{"global_step": 2}'), (10, '{"global_step": 10}'), (20, '{"global'), (30, None)):
+        (out / f"checkpoint-{step}").mkdir(parents=True)
+        if state:
+            (out / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
+    assert last_complete(str(out)) == (str(out / "checkpoint-10"), ["checkpoint-30", "checkpoint-20"])
+    for broken in ("checkpoint-20", "checkpoint-30"):
+        message = refused(train, resume_from_checkpoint=str(out / broken))
+        assert "was not written to its end" in message
+        assert message.endswith(f"The newest complete one is {out / 'checkpoint-10'}.")
+    assert "is no folder" in refused(train, resume_from_checkpoint=str(out / "gone"))
+    assert "no complete checkpoint" in refused(train, resume_from_checkpoint=True, output_dir=str(tmp_path / "empty"))
+    for fits in (None, True, str(out / "checkpoint-2")):
+        with pytest.raises(Loaded):
+            train(resume_from_checkpoint=fits)
+
+
+def test_kt_config(train, llamafactory, monkeypatch):
+    """The mapping of LLaMA-Factory's development head."""
+    assert "kt_num_threads: got 'x'" in refused(train, kt_config={"kt_num_threads": "x"})
+    assert refused(train, kt_config={"kt_thread": 1}).startswith(
+        "kt_config: kt_thread: no such key. Did you mean kt_num"
+    )
+    assert "given beside it too" in refused(train, kt_config={"kt_backend": "torch"})
+    assert "expected a mapping" in refused(train, kt_config="torch")
+    flat = keys.flat(
+        {"use_kt": True, "kt_config": {"kt_backend": "torch", "kt_num_threads": 2, "kt_tp_enabled": False}}
+    )
+    assert flat == {"use_kt": True, "kt_backend": "torch", "kt_num_threads": 2, "kt_tp_enabled": False}
+    assert keys.flat({"kt_config": None}) == {}
+    from llamafactory.train import tuner
+
+    seen = []
+    monkeypatch.setattr(tuner, "run_sft", lambda model_args, *args: seen.append(model_args.kt_num_threads))
+    train(kt_config={"kt_num_threads": 3})
+    assert seen == [3]
+    with pytest.raises(KTError, match="fits a file"):
+        keys.flat(["--kt_config", "{}"])
+
+
 def test_rank_is_that_of_the_adapter_to_go_on_with(llamafactory, tmp_path):
     from llamafactory.hparams import FinetuningArguments, ModelArguments
 
@@ -255,8 +350,8 @@ def test_llamafactorys_own_entry_point_checks_too(llamafactory, monkeypatch):
     monkeypatch.setenv("ALLOW_EXTRA_ARGS", "1")
     with pytest.raises(KTError, match="cpu_infer: write kt_num_threads"):
         run_exp({"model_name_or_path": "x", "output_dir": "y", "cpu_infer": 4})
-    with pytest.raises(KTError, match="stage: got 'dpo'"):
-        run_exp({"model_name_or_path": "x", "output_dir": "y", "use_kt": True, "stage": "dpo"})
+    with pytest.raises(KTError, match="stage: got 'rm'"):
+        run_exp({"model_name_or_path": "x", "output_dir": "y", "use_kt": True, "stage": "rm"})
 
 
 def test_targets(train):
@@ -282,66 +377,6 @@ def test_errors_of_llamafactory_itself_are_the_users(train):
     assert "['nonsense']" in refused(train, nonsense=1)
     assert "specify dataset" in refused(train, dataset=None)
     assert "Invalid fine-tuning" in refused(train, use_kt=False, finetuning_type="lroa")
-
-
-def test_files_that_are_no_configuration(tmp_path):
-    with pytest.raises(KTError, match=r"gone\.yaml: cannot be read"):
-        keys.read([str(tmp_path / "gone.yaml")])
-    for name, text in (("list.yaml", "- 1\n"), ("broken.yaml", "a: [\n"), ("broken.json", "{")):
-        (tmp_path / name).write_text(text)
-        with pytest.raises(KTError, match=name):
-            keys.read([str(tmp_path / name)])
-
-
-def test_json_is_read_too(tmp_path):
-    (tmp_path / "config.json").write_text('{"use_kt": true, "lora_rank": 8}')
-    assert keys.read([str(tmp_path / "config.json"), "lora_rank=4"]) == {"use_kt": True, "lora_rank": 4}
-
-
-def test_command_line_form():
-    argv = ["--use_kt", "--kt-backend", "torch", "--lora_rank=4", "--no_x", "--use_dora", "n"]
-    expected = {"use_kt": True, "kt_backend": "torch", "lora_rank": 4, "no_x": True, "use_dora": False}
-    assert keys.values(argv) == expected
-    assert keys.values([]) == {}
-    assert keys.uses_kt(argv)
-    with pytest.raises(KTError, match="cpu_infer"):
-        keys.check(["--cpu_infer", "4"])
-    with pytest.raises(KTError, match="kt_threads: no such key"):
-        keys.check(["--kt-threads", "4"])
-
-
-def test_model_arguments_stay_the_same_class(llamafactory):
-    from llamafactory.hparams import ModelArguments
-    from llamafactory.hparams.parser import _TRAIN_ARGS
-
-    from ktmoe.config import KTConfig
-
-    assert _TRAIN_ARGS[0] is ModelArguments
-    args = ModelArguments(model_name_or_path="x", kt_backend="torch", kt_num_threads=2)
-    copy = ModelArguments.copyfrom(args, model_name_or_path="y")
-    assert (copy.kt_backend, copy.kt_num_threads, copy.model_name_or_path) == ("torch", 2, "y")
-    assert copy != args
-    assert "kt_backend='torch'" in repr(args)
-    assert {f.name for f in dataclasses.fields(KTConfig)} <= args.to_dict().keys()
-
-
-def test_a_place_that_moved_is_an_error(llamafactory):
-    from llamafactory.extras.env import VERSION
-    from llamafactory.model import loader
-
-    from ktmoe.llamafactory.patches import replace
-
-    with pytest.raises(KTError, match=rf"LLaMA-Factory {VERSION}: .*no_such_function is not there"):
-        replace(loader, "no_such_function", lambda original: original)
-
-
-@pytest.mark.skipif(importlib.util.find_spec("torchaudio") is not None, reason="torchaudio is installed")
-def test_torchaudio_is_not_claimed_to_be_there(llamafactory):
-    from llamafactory.data import mm_plugin
-
-    assert importlib.util.find_spec("torchaudio") is None
-    with pytest.raises(KTError, match=r"torchaudio\.load: torchaudio is not installed"):
-        mm_plugin.torchaudio.load("speech.wav")
 
 
 def test_several_gpus_stay_one_process(train, llamafactory, monkeypatch):
@@ -372,3 +407,15 @@ class _TwoDevices:
         args.__dict__["_setup_devices"] = device = self.stock(args)
         args._n_gpu = 2
         return device
+
+
+def test_chat_and_export(train, model):
+    with pytest.raises(Loaded):
+        train(command="chat", template="default")
+    assert "infer_backend: got 'vllm'" in refused(train, command="chat", infer_backend="vllm")
+    assert "stage: got 'rm'" in refused(train, command="chat", stage="rm")
+    assert "quantization_bit: got 4" in refused(train, command="chat", quantization_bit=4)
+    assert "ktmoe merge" in refused(train, command="export", export_dir="out")
+    done = CliRunner().invoke(app, ["eval", "x.yaml"])
+    assert done.exit_code == 2
+    assert "do_eval: true" in done.stderr

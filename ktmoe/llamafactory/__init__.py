@@ -21,17 +21,18 @@ def install() -> None:
     patches.install()
 
 
-def main(argv: Sequence[str]) -> None:
-    """`llamafactory-cli train` with these arguments.
+def main(argv: Sequence[str], command: str = "train") -> None:
+    """`llamafactory-cli COMMAND` with these arguments.
 
     Args:
-        argv: what LLaMA-Factory takes after `train`: a YAML or JSON file and `key=value`, or `--key value`.
+        argv: what LLaMA-Factory takes after its command: a YAML or JSON file and `key=value`, or `--key value`.
+        command: train, chat or export.
 
     Raises:
         KTError: arguments that the user can mend.
         SystemExit: from LLaMA-Factory's parser, or with the exit code of torchrun.
     """
-    args = keys.read(argv)
+    args = keys.flat(keys.read(argv))
     keys.check(args)
     if keys.uses_kt(args):
         _engage(args)
@@ -40,7 +41,7 @@ def main(argv: Sequence[str]) -> None:
 
     # It runs this file under torchrun; stock workers would know nothing of ktmoe.
     launcher.__file__ = str(Path(__file__).with_name("worker.py"))
-    sys.argv = ["ktmoe", "train", *argv]
+    sys.argv = ["ktmoe", command, *argv]
     cli.main()
 
 

@@ -26,7 +26,7 @@ _STOCK_FIELDS = (
 
 
 def read(argv: Sequence[str]) -> Args:
-    """What LLaMA-Factory's `train` makes of its command line: a mapping if it names a file, else the list itself.
+    """What LLaMA-Factory's commands make of their arguments: a mapping if they name a file, else the list itself.
 
     JSON files are read here because 0.9.5 hands a path to `json.load`, which raises.
 
@@ -52,6 +52,31 @@ def read(argv: Sequence[str]) -> Args:
     if not isinstance(args, dict):
         raise KTError(f"{argv[0]}: got {type(args).__name__}; expected a mapping of keys to values.")
     return {str(key): value for key, value in args.items()}
+
+
+def flat(args: Args) -> Args:
+    """The same arguments without `kt_config`, the mapping that LLaMA-Factory's development head has for these keys.
+
+    Raises:
+        KTError: no mapping, a key in it that ktmoe does not have, or one that is given beside it too.
+    """
+    if not isinstance(args, Mapping):
+        if "kt_config" in values(args):
+            raise KTError("kt_config: a mapping fits a file, not the command line. Write --kt_backend and so on.")
+        return args
+    if args.get("kt_config") is None:
+        return {name: value for name, value in args.items() if name != "kt_config"}
+    inner = args["kt_config"]
+    if not isinstance(inner, Mapping):
+        raise KTError(f"kt_config: got {inner!r}; expected a mapping of keys to values, such as kt_backend: AMXBF16.")
+    for name in inner:
+        if name not in KTConfig.field_help():
+            near = difflib.get_close_matches(str(name), list(KTConfig.field_help()), n=1)
+            hint = f"Did you mean {near[0]}?" if near else f"ktmoe's keys are {', '.join(KTConfig.field_help())}."
+            raise KTError(f"kt_config: {name}: no such key. {hint}")
+        if name in args:
+            raise KTError(f"kt_config: {name} is given beside it too. Write it once.")
+    return {name: value for name, value in args.items() if name != "kt_config"} | dict(inner)
 
 
 def values(args: Args) -> dict[str, Any]:

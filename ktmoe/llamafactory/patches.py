@@ -12,7 +12,7 @@ from unittest import mock
 
 from ktmoe import adapters
 from ktmoe.checkpoint import Checkpoint
-from ktmoe.llamafactory import keys, preflight
+from ktmoe.llamafactory import checkpoints, keys, preflight
 from ktmoe.llamafactory.arguments import extend, kt_config
 from ktmoe.llamafactory.audio import torchaudio_stand_in
 from ktmoe.loading import forget_fp8, stream, without_experts
@@ -39,6 +39,7 @@ def install() -> None:
     from llamafactory.data import template
     from llamafactory.hparams import ModelArguments, parser
     from llamafactory.model import loader
+    from llamafactory.train import tuner
 
     extend(ModelArguments)
     for module, name, wrapper in (
@@ -48,6 +49,7 @@ def install() -> None:
         (parser, "_check_extra_dependencies", _check_extra_dependencies),
         (parser, "get_ray_args", _user_errors),
         (parser, "get_train_args", _get_train_args),
+        (parser, "get_infer_args", _get_infer_args),
         (template, "get_template_and_fix_tokenizer", _user_errors),
         (data_parser, "get_dataset_list", _user_errors),
         (data, "_load_single_dataset", _user_errors),
@@ -55,8 +57,10 @@ def install() -> None:
         (loader, "load_config", _load_config),
         (loader, "load_model", _load_model),
         (loader, "init_adapter", _init_adapter),
+        (tuner, "export_model", _export_model),
     ):
         replace(module, name, wrapper)
+    _held(parser, "get_last_checkpoint")
     from llamafactory.model import adapter
 
     for name in ("get_peft_model", "PeftModel", "find_all_linear_modules"):
@@ -92,6 +96,7 @@ def _held(module: Any, name: str) -> Any:
 def _import_llamafactory() -> None:
     try:
         with torchaudio_stand_in():
+            import llamafactory.chat.chat_model
             import llamafactory.data
             import llamafactory.launcher
             import llamafactory.train.tuner  # noqa: F401
@@ -128,8 +133,8 @@ def _user_errors(original: Any) -> Any:
 def _read_args(original: Any) -> Any:
     def read_args(args: Any = None) -> Any:
         if args is None and len(sys.argv) > 1 and sys.argv[1].endswith(".json"):
-            return keys.read(sys.argv[1:])
-        return original(args)
+            return keys.flat(keys.read(sys.argv[1:]))
+        return keys.flat(original(args))
 
     return read_args
 
@@ -170,9 +175,18 @@ def _check_extra_dependencies(original: Any) -> Any:
 
 def _get_train_args(original: Any) -> Any:
     def get_train_args(args: Any = None) -> Any:
-        parsed = original(args)
+        from llamafactory.hparams import parser
+
+        args = parser.read_args(args)
+        kt = keys.uses_kt(args)
+        with mock.patch.object(parser, "get_last_checkpoint", _last_complete) if kt else contextlib.nullcontext():
+            parsed = original(args)
         model_args, _, training_args, finetuning_args, _ = parsed
-        if model_args.use_kt:
+        if kt:
+            checkpoints.check_resume(training_args.resume_from_checkpoint, training_args.output_dir)
+            if training_args.resume_from_checkpoint is True:
+                training_args.resume_from_checkpoint = _last_complete(training_args.output_dir)
+            preflight.check_optimizer(training_args)
             preflight.check_loading(model_args, finetuning_args)
             # The Trainer would wrap the model in nn.DataParallel on a machine with several GPUs.
             training_args._n_gpu = min(training_args._n_gpu, 1)
@@ -182,6 +196,45 @@ def _get_train_args(original: Any) -> Any:
         return parsed
 
     return _user_errors(get_train_args)
+
+
+def _last_complete(output_dir: str) -> str | None:
+    """In the place of transformers' `get_last_checkpoint`, which takes the newest folder whatever is in it."""
+    found, skipped = checkpoints.last_complete(output_dir)
+    if skipped:
+        _logger().warning_rank0(
+            f"ktmoe: {', '.join(skipped)} in {output_dir} was not written to its end: "
+            f"{f'going on from {found}' if found else 'starting from the beginning'}."
+        )
+    return found
+
+
+def _get_infer_args(original: Any) -> Any:
+    def get_infer_args(args: Any = None) -> Any:
+        parsed = original(args)
+        model_args, _, finetuning_args, _ = parsed
+        if model_args.use_kt:
+            preflight.check_values({name: value for part in parsed for name, value in vars(part).items()})
+            preflight.check_inference(model_args, finetuning_args)
+            model_args.device_map = None  # `load_model` moves what is not experts
+        return parsed
+
+    return _user_errors(get_infer_args)
+
+
+def _export_model(original: Any) -> Any:
+    def export_model(args: Any = None) -> None:
+        from llamafactory.hparams import parser
+
+        args = parser.read_args(args)
+        if keys.uses_kt(args):
+            raise KTError(
+                "export: LLaMA-Factory merges in memory, where the routed experts are not. Write "
+                "`ktmoe merge MODEL ADAPTER OUT`: it merges file by file."
+            )
+        original(args)
+
+    return export_model
 
 
 def _load_tokenizer(original: Any) -> Any:
@@ -206,7 +259,9 @@ def _load_config(original: Any) -> Any:
 
 
 def _load_model(original: Any) -> Any:
-    def load_model(tokenizer: Any, model_args: Any, *args: Any, **kwargs: Any) -> Any:
+    def load_model(
+        tokenizer: Any, model_args: Any, finetuning_args: Any, is_trainable: bool = False, *args: Any, **kwargs: Any
+    ) -> Any:
         native = _native(model_args)
         trust = model_args.trust_remote_code
         if native and trust:
@@ -217,7 +272,12 @@ def _load_model(original: Any) -> Any:
             _checkpoint(model_args)  # damaged files are refused before anything is loaded
         streamed = without_experts() if model_args.use_kt else contextlib.nullcontext()
         with native_config(native), mock.patch.object(model_args, "trust_remote_code", trust and not native), streamed:
-            return original(tokenizer, model_args, *args, **kwargs)
+            model = original(tokenizer, model_args, finetuning_args, is_trainable, *args, **kwargs)
+        if model_args.use_kt and not is_trainable:  # no Trainer moves it; the routed experts stay where they are
+            from llamafactory.extras.misc import get_current_device
+
+            model.to(get_current_device())
+        return model
 
     return load_model
 
@@ -242,7 +302,8 @@ def _native(model_args: Any) -> str:
 def _init_adapter(original: Any) -> Any:
     def init_adapter(config: Any, model: Any, model_args: Any, finetuning_args: Any, is_trainable: bool) -> Any:
         if not model_args.use_kt:
-            return original(config, model, model_args, finetuning_args, is_trainable)
+            with _nothing_dropped():
+                return original(config, model, model_args, finetuning_args, is_trainable)
         with _adapter_functions(), _warnings_to_log():
             rank = preflight.largest_rank(model_args, finetuning_args)
             model = stream(model, _checkpoint(model_args), kt_config(model_args), r=rank)
@@ -279,6 +340,24 @@ def _adapter_functions() -> Iterator[None]:
         mock.patch.object(adapter, "PeftModel", PeftModel),
         mock.patch.object(adapter, "find_all_linear_modules", find_all_linear_modules),
     ):
+        yield
+
+
+@contextlib.contextmanager
+def _nothing_dropped() -> Iterator[None]:
+    """Within it, an adapter whose expert LoRA the installed peft ignores is refused: it would do so without a word."""
+    from llamafactory.model import adapter
+
+    stock: Any = adapter.PeftModel
+
+    class PeftModel(stock):
+        @staticmethod
+        def from_pretrained(model: Any, model_id: str, **kwargs: Any) -> Any:
+            made = stock.from_pretrained(model, model_id, **kwargs)
+            preflight.check_experts_loaded(made, model_id, kwargs)
+            return made
+
+    with mock.patch.object(adapter, "PeftModel", PeftModel):
         yield
 
 

@@ -1,8 +1,10 @@
-"""Everything that can be refused before a tokenizer, a dataset or a model is loaded. Only for `use_kt: true`."""
+"""Everything that can be refused before a tokenizer, a dataset or a model is loaded: nearly all for `use_kt: true`."""
 
 from __future__ import annotations
 
+import inspect
 import os
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -17,6 +19,10 @@ def _off(value: Any) -> bool:
 
 def _is(expected: str) -> Callable[[Any], bool]:
     return lambda value: value == expected
+
+
+def _one_of(*expected: str) -> Callable[[Any], bool]:
+    return lambda value: value in expected
 
 
 def _whole(value: Any) -> bool:
@@ -36,16 +42,18 @@ def _plain_optimizer(value: Any) -> bool:
     return not str(getattr(value, "value", value)).lower().startswith(("galore", "apollo", "lomo", "adalomo"))
 
 
+_EXPERT_LORA = re.compile(r"\.experts\..*lora_")
 _LORA = "Write finetuning_type: lora, or train with use_kt: false"
 _OWN_MODEL = "it brings a model class of its own, and the routed experts are found in transformers' classes"
 _OWN_OPTIMIZER = "it takes every parameter for the matrix of one layer, and expert LoRA is stacked over the experts"
+_NO_VALUE_HEAD = "reward models and PPO put a value head around the model, which is not built yet for such experts"
 _NOT_BUILT = "not built yet for experts on the CPU"
 _EVALUATE = "not built yet. Evaluate the loss (do_eval), or generate with the saved adapter in stock transformers"
 
 # name: what fits, what was expected, why or what to do
 _RULES: dict[str, tuple[Callable[[Any], bool], str, str]] = {
     "finetuning_type": (_is("lora"), "lora", f"the experts' own weights are frozen. {_LORA}"),
-    "stage": (_is("sft"), "sft", "the other stages are not built yet"),
+    "stage": (_one_of("sft", "dpo", "kto", "pt"), "sft, dpo, kto or pt", _NO_VALUE_HEAD),
     "lora_rank": (_whole, "a whole number of at least 1", "8 is a good start"),
     "lora_alpha": (_number, "a number above 0", "leave it out for twice lora_rank"),
     "use_dora": (_off, "false", "the experts have plain LoRA only; LLaMA-Factory would ignore it"),
@@ -59,6 +67,9 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str, str]] = {
     "use_muon": (_off, "false", f"{_OWN_OPTIMIZER}. Leave it out"),
     "use_adam_mini": (_off, "false", f"{_OWN_OPTIMIZER}. Leave it out"),
     "optim": (_plain_optimizer, "an optimizer that leaves backward alone", "adamw_torch is the default"),
+    "ref_model_adapters": (_one_adapter, "one adapter", "merge the others into the checkpoint first"),
+    "ref_model_quantization_bit": (_off, "none", "kt_backend holds for the reference model's experts too"),
+    "infer_backend": (_one_of("huggingface"), "huggingface", "vLLM and SGLang load the model by themselves"),
     "use_llama_pro": (_off, "false", _NOT_BUILT),
     "use_asft_loss": (_off, "false", "it loads a second model"),
     "quantization_bit": (_off, "none", "kt_backend: AMXInt8 quantises the routed experts; the rest stays in bf16"),
@@ -123,12 +134,26 @@ def check_loading(model_args: Any, finetuning_args: Any) -> None:
     Raises:
         KTError: before a weight is read.
     """
+    model_config = check_inference(model_args, finetuning_args)
+    if not model_args.adapter_name_or_path:
+        _check_targets(model_config, finetuning_args)
+    _check_reference(model_args, finetuning_args)
+
+
+def check_inference(model_args: Any, finetuning_args: Any) -> Any:
+    """What `check_loading` does for a model that is not trained.
+
+    Returns:
+        The model's configuration.
+
+    Raises:
+        KTError: as `check_loading`.
+    """
     from ktmoe.models import check_model
 
-    config = kt_config(model_args)
     model_config = load_config(model_args)
-    kind = type(model_config).__name__
     if _is_multimodal(model_config):
+        kind = type(model_config).__name__
         raise KTError(f"model_name_or_path: {kind} is multimodal; only text models are built so far.")
     quantized = getattr(model_config, "quantization_config", None)
     if quantized:
@@ -137,9 +162,80 @@ def check_loading(model_args: Any, finetuning_args: Any) -> None:
             f"model_name_or_path: the checkpoint is quantised ({method}); expected bf16 weights, or FP8 with block "
             "scales. Take the bf16 release, or dequantise it first."
         )
-    check_model(model_config, config, largest_rank(model_args, finetuning_args))
-    if not model_args.adapter_name_or_path:
-        _check_targets(model_config, finetuning_args)
+    check_model(model_config, kt_config(model_args), largest_rank(model_args, finetuning_args))
+    return model_config
+
+
+def _check_reference(model_args: Any, finetuning_args: Any) -> None:
+    """The model that preferences are compared with, and the losses that LLaMA-Factory computes as they are called."""
+    if finetuning_args.stage == "dpo" and finetuning_args.pref_loss in ("hinge", "ipo", "kto_pair"):
+        from llamafactory.train.dpo import trainer
+
+        if "loss_type" in inspect.signature(trainer.DPOTrainer.dpo_loss).parameters:  # which it does not pass
+            raise KTError(
+                f"pref_loss: got {finetuning_args.pref_loss!r}; with the installed trl, LLaMA-Factory would compute "
+                "the sigmoid loss instead. Write sigmoid, orpo or simpo, or use trl.DPOTrainer."
+            )
+    if finetuning_args.ref_model is None:
+        if finetuning_args.ref_model_adapters:
+            raise KTError(
+                "ref_model_adapters: given without ref_model; LLaMA-Factory would ignore it. Write ref_model too "
+                "(it may be the same as model_name_or_path)."
+            )
+        return
+    reference = type(model_args).copyfrom(
+        model_args,
+        model_name_or_path=finetuning_args.ref_model,
+        adapter_name_or_path=finetuning_args.ref_model_adapters,
+    )
+    try:
+        check_inference(reference, type(finetuning_args)())
+    except KTError as error:
+        raise KTError(f"ref_model: {error}") from error
+
+
+def check_optimizer(training_args: Any) -> None:
+    """Refuses an optimizer whose package is not installed: transformers would say so after the model is loaded.
+
+    Raises:
+        KTError: with its message.
+    """
+    from transformers import Trainer
+
+    try:
+        Trainer.get_optimizer_cls_and_kwargs(training_args)
+    except (ImportError, ValueError) as error:
+        raise KTError(f"optim: got {_shown(training_args.optim)}; {' '.join(str(error).split())}") from error
+
+
+def check_experts_loaded(peft_model: Any, path: str, hub: Mapping[str, Any]) -> None:
+    """Refuses, after stock peft has loaded an adapter, that it left LoRA on routed experts out without a word.
+
+    peft before 0.20 does so on transformers 5, and so do later ones for families that are not in their table.
+
+    Args:
+        peft_model: what peft made of it.
+        path: the adapter.
+        hub: `subfolder`, `revision` ... as for peft.
+
+    Raises:
+        KTError: the file has expert LoRA, the model none.
+    """
+    import peft
+    from safetensors import safe_open
+    from transformers.utils import cached_file
+
+    options = {k: v for k, v in hub.items() if k in ("subfolder", "revision", "cache_dir", "token") and v is not None}
+    file = cached_file(path, "adapter_model.safetensors", _raise_exceptions_for_missing_entries=False, **options)
+    if file is None:  # a .bin file: nobody's that has expert LoRA
+        return
+    with safe_open(file, "pt") as opened:
+        saved = any(_EXPERT_LORA.search(key) for key in opened.keys())
+    if saved and not any(".experts." in name and ".lora_" in name for name, _ in peft_model.named_parameters()):
+        raise KTError(
+            f"adapter_name_or_path: {path} has LoRA on routed experts, which the installed peft {peft.__version__} "
+            f"leaves out without a word for {type(peft_model.get_base_model()).__name__}. Write use_kt: true."
+        )
 
 
 def _check_targets(model_config: Any, finetuning_args: Any) -> None:

@@ -1,0 +1,79 @@
+"""Reading arguments as LLaMA-Factory does, and what ktmoe puts into its modules."""
+
+import dataclasses
+import importlib.util
+
+import pytest
+
+from ktmoe.llamafactory import keys
+from ktmoe.types import KTError
+
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("llamafactory") is None, reason="LLaMA-Factory not installed")
+
+
+@pytest.fixture(scope="module")
+def llamafactory():
+    from ktmoe.llamafactory import install
+
+    install()
+
+
+def test_files_that_are_no_configuration(tmp_path):
+    with pytest.raises(KTError, match=r"gone\.yaml: cannot be read"):
+        keys.read([str(tmp_path / "gone.yaml")])
+    for name, text in (("list.yaml", "- 1\n"), ("broken.yaml", "a: [\n"), ("broken.json", "{")):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(KTError, match=name):
+            keys.read([str(tmp_path / name)])
+
+
+def test_json_is_read_too(tmp_path):
+    (tmp_path / "config.json").write_text('{"use_kt": true, "lora_rank": 8}')
+    assert keys.read([str(tmp_path / "config.json"), "lora_rank=4"]) == {"use_kt": True, "lora_rank": 4}
+
+
+def test_command_line_form():
+    argv = ["--use_kt", "--kt-backend", "torch", "--lora_rank=4", "--no_x", "--use_dora", "n"]
+    expected = {"use_kt": True, "kt_backend": "torch", "lora_rank": 4, "no_x": True, "use_dora": False}
+    assert keys.values(argv) == expected
+    assert keys.values([]) == {}
+    assert keys.uses_kt(argv)
+    with pytest.raises(KTError, match="cpu_infer"):
+        keys.check(["--cpu_infer", "4"])
+    with pytest.raises(KTError, match="kt_threads: no such key"):
+        keys.check(["--kt-threads", "4"])
+
+
+def test_model_arguments_stay_the_same_class(llamafactory):
+    from llamafactory.hparams import ModelArguments
+    from llamafactory.hparams.parser import _TRAIN_ARGS
+
+    from ktmoe.config import KTConfig
+
+    assert _TRAIN_ARGS[0] is ModelArguments
+    args = ModelArguments(model_name_or_path="x", kt_backend="torch", kt_num_threads=2)
+    copy = ModelArguments.copyfrom(args, model_name_or_path="y")
+    assert (copy.kt_backend, copy.kt_num_threads, copy.model_name_or_path) == ("torch", 2, "y")
+    assert copy != args
+    assert "kt_backend='torch'" in repr(args)
+    assert {f.name for f in dataclasses.fields(KTConfig)} <= args.to_dict().keys()
+
+
+def test_a_place_that_moved_is_an_error(llamafactory):
+    from llamafactory.extras.env import VERSION
+    from llamafactory.model import loader
+
+    from ktmoe.llamafactory.patches import replace
+
+    with pytest.raises(KTError, match=rf"LLaMA-Factory {VERSION}: .*no_such_function is not there"):
+        replace(loader, "no_such_function", lambda original: original)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("torchaudio") is not None, reason="torchaudio is installed")
+def test_torchaudio_is_not_claimed_to_be_there(llamafactory):
+    from llamafactory.data import mm_plugin
+
+    assert importlib.util.find_spec("torchaudio") is None
+    with pytest.raises(KTError, match=r"torchaudio\.load: torchaudio is not installed"):
+        mm_plugin.torchaudio.load("speech.wav")
