@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from ktmoe.config import KTConfig
     from ktmoe.experts import MoEExperts
     from ktmoe.loading import load_model
+    from ktmoe.merge import merge_adapter
     from ktmoe.models import attach, detach
     from ktmoe.types import ExpertWeights, KernelError, KTError
 
@@ -30,6 +31,7 @@ _HOME = {
     "get_peft_model": "adapters",
     "load_adapter": "adapters",
     "load_model": "loading",
+    "merge_adapter": "merge",
 }
 
 __all__ = [
@@ -43,6 +45,7 @@ __all__ = [
     "get_peft_model",
     "load_adapter",
     "load_model",
+    "merge_adapter",
 ]
 
 

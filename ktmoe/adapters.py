@@ -1,7 +1,6 @@
-"""Adapters in memory and on disk: peft's per-expert files outside, stacked parameters inside.
+"""PeftModels whose expert LoRA is stacked in memory: made, loaded, saved, merged.
 
-In memory an expert LoRA is six stacked tensors under native keys. On disk it is what peft writes for one `nn.Linear`
-per expert, `...experts.{e}.gate_proj.lora_A.weight` [r, in], which peft, transformers and serving engines read.
+The files are `ktmoe.adapter_files`'; which modules get LoRA is decided in `ktmoe.adapter_targets`.
 """
 
 from __future__ import annotations
@@ -9,36 +8,36 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-import json
+import math
 import os
-import re
 import unittest.mock
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import peft
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, load_peft_weights, set_peft_model_state_dict
-from safetensors import safe_open
-from safetensors.torch import save_file
+from peft import LoraConfig, PeftModel, set_peft_model_state_dict
 from torch import Tensor, nn
 
+from ktmoe.adapter_config import PREFIX, patterns, short_names
+from ktmoe.adapter_files import HUB, Adapter, read_adapter, write_experts
+from ktmoe.adapter_targets import (
+    EXPERTS_TARGET,
+    check_lora_config,
+    layout_of,
+    prepare_config,
+    routers,
+    with_experts_layer,
+)
 from ktmoe.experts import MoEExperts
-from ktmoe.layout import CheckpointLayout, checkpoint_layout
-from ktmoe.peft_layer import PLAIN_INIT, LoraExperts
-from ktmoe.types import PROJECTIONS, KTError
+from ktmoe.fused_lora import ExpertLora
+from ktmoe.peft_layer import LoraExperts
+from ktmoe.types import KTError
 
 
-_WEIGHTS, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
-_HUB = ("subfolder", "revision", "cache_dir", "token", "use_auth_token", "force_download", "local_files_only")
-EXPERTS_TARGET = "experts"
-_NOT_ON_EXPERTS = (
-    "use_dora", "lora_bias", "use_qalora", "use_bdlora", "alora_invocation_tokens", "arrow_config", "eva_config",
-    "corda_config", "loftq_config", "trainable_token_indices", "layer_replication",
-)  # fmt: skip
-_EXPERT_KEY = re.compile(r"\.experts\.(\d+|base_layer|lora_)")
+__all__ = ["EXPERTS_TARGET", "check_lora_config", "get_peft_model", "load_adapter", "prepare_config", "routers"]
 
 
 def get_peft_model(
@@ -54,16 +53,13 @@ def get_peft_model(
         **kwargs: for peft.
 
     Returns:
-        A PeftModel that saves and loads expert LoRA in PEFT's per-expert format.
+        A PeftModel that saves and loads expert LoRA as stock peft reads it.
 
     Raises:
         KTError: a LoRA variant that the experts do not have.
     """
     _refuse_options(kwargs)
-    prepared = prepare_config(peft_config, model)
-    with _native_names():
-        peft_model = peft.get_peft_model(model, prepared, adapter_name=adapter_name, **kwargs)
-    return _as_ktmoe(peft_model)
+    return _inject(model, prepare_config(peft_config, model), adapter_name, **kwargs)
 
 
 def load_adapter(
@@ -74,6 +70,9 @@ def load_adapter(
     **hub: Any,
 ) -> PeftModel:
     """`PeftModel.from_pretrained` for a model whose routed experts ktmoe runs.
+
+    Reads what ktmoe saved, per-expert adapters of stock peft, and its adapters of stacked parameters
+    (`target_parameters`), where gate and up may share one A: each then keeps it, at its full rank.
 
     Args:
         model: attached, without adapters.
@@ -86,110 +85,20 @@ def load_adapter(
         The PeftModel with the adapter active.
 
     Raises:
-        KTError: files whose expert keys are incomplete, of a wrong shape, or not for this model.
+        KTError: files whose keys are incomplete, of a wrong shape, or not for this model, which stays as it was.
     """
-    hub = {k: v for k, v in hub.items() if k in _HUB and v is not None}
-    config = _read_config(model, str(path), is_trainable, hub)
-    peft_model = get_peft_model(model, config, adapter_name)
-    peft_model.load_adapter(path, adapter_name, is_trainable=is_trainable, **hub)
+    adapter = _read(model, path, hub)
+    peft_model = _inject(model, _config_of(adapter, model, is_trainable), adapter_name)
+    try:
+        _fill(peft_model, adapter, adapter_name, is_trainable)
+    except Exception:
+        peft_model.base_model.unload()
+        raise
     return peft_model
 
 
-def prepare_config(peft_config: LoraConfig, model: nn.Module) -> LoraConfig:
-    """The configuration that injects adapters into an attached model: ktmoe's layer registered, targets resolved.
-
-    Raises:
-        KTError: options that the experts' LoRA does not have, or a target that names some of their projections only.
-    """
-    config = copy.deepcopy(peft_config)
-    experts = [n.removesuffix(".base_layer") for n, m in model.named_modules() if isinstance(m, MoEExperts)]
-    config.target_modules, reached = _resolve_targets(config, model, experts)
-    inside = [e for e in experts for saved in config.modules_to_save or () if f".{e}.".find(f".{saved}.") >= 0]
-    if inside:
-        raise KTError(
-            f"modules_to_save: got {_shown(config.modules_to_save)}, which holds the routed experts ({inside[0]}); "
-            "their own weights are frozen. Name modules outside of them; experts get LoRA by target_modules."
-        )
-    if experts and not reached:
-        warnings.warn(
-            f"ktmoe: target_modules = {_shown(peft_config.target_modules)} leaves the routed experts without LoRA; "
-            "they stay frozen. Add 'experts' (or gate_proj, up_proj and down_proj) to train them.",
-            stacklevel=3,
-        )
-    if reached:
-        check_lora_config(config)
-        if config.lora_dropout:
-            warnings.warn(
-                f"ktmoe: lora_dropout = {config.lora_dropout} is not applied to the routed experts, only to the rest.",
-                stacklevel=3,
-            )
-    config._register_custom_module({MoEExperts: LoraExperts})
-    return config
-
-
-def check_lora_config(config: LoraConfig) -> None:
-    """Refuses options that the LoRA of routed experts does not have, before a model is touched.
-
-    Raises:
-        KTError: names the option.
-    """
-    for name in _NOT_ON_EXPERTS:
-        if getattr(config, name, None):
-            raise KTError(
-                f"{name}: got {getattr(config, name)}; the routed experts have plain LoRA only. Leave it out."
-            )
-    for name in ("rank_pattern", "alpha_pattern"):
-        if getattr(config, name, None):
-            raise KTError(f"{name}: got {getattr(config, name)}; all routed experts share one rank. Leave it out.")
-    if getattr(config, "target_parameters", None):
-        raise KTError("target_parameters: the routed experts are no parameters here. Write target_modules: experts.")
-    if config.init_lora_weights not in PLAIN_INIT:
-        raise KTError(
-            f"init_lora_weights: got {config.init_lora_weights!r}; the routed experts take True, False or 'gaussian'."
-        )
-
-
-def _resolve_targets(config: LoraConfig, model: Any, experts: list[str]) -> tuple[Any, set[str]]:
-    """Targets that peft matches in an attached model, and the layers of routed experts among them."""
-    targets = config.target_modules
-    names = _projection_names(model)
-    if targets is None:
-        return None, set()  # peft's default for the architecture, which names attention projections
-    if isinstance(targets, str):
-        if targets.lower() == "all-linear":
-            head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-            linear = {n for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head}
-            return _with_experts(linear, set(experts), experts)
-        layers = (nn.Linear, nn.Embedding)
-        matched = {n for n, m in model.named_modules() if isinstance(m, layers) and re.fullmatch(targets, n)}
-        tails = ("", *(f".0.{p}" for p in names), *(f".{p}" for p in names))
-        return _with_experts(
-            matched, {e for e in experts if any(re.fullmatch(targets, e + t) for t in tails)}, experts
-        )
-
-    def meant(name: str) -> bool:
-        return any(name == t or name.endswith(f".{t}") for t in targets)
-
-    reached = {e for e in experts if meant(e)}
-    for e in set(experts) - reached:
-        named = [p for p in names if meant(f"{e}.{p}")]
-        if named and len(named) < len(names):
-            raise KTError(
-                f"target_modules: got {_shown(targets)}; LoRA on the routed experts covers {', '.join(names)} "
-                "together. Name all three, or 'experts', or none of them."
-            )
-        if named:
-            reached.add(e)
-    return _with_experts(set(targets), reached, experts)
-
-
-def _with_experts(targets: set[str], reached: set[str], experts: list[str]) -> tuple[set[str], set[str]]:
-    """Adds the reached layers by one short name if they are all, else each by its own."""
-    return targets | ({EXPERTS_TARGET} if reached and reached == set(experts) else reached), reached
-
-
 class _KTPeftMixin:
-    """Save and load of a PeftModel whose expert LoRA is stacked in memory."""
+    """Save, load and merge of a PeftModel whose expert LoRA is stacked in memory."""
 
     def save_pretrained(
         self: Any,
@@ -198,7 +107,7 @@ class _KTPeftMixin:
         selected_adapters: list[str] | None = None,
         **kwargs: Any,
     ) -> None:
-        """`PeftModel.save_pretrained`; expert LoRA goes to the same file in PEFT's per-expert format."""
+        """`PeftModel.save_pretrained`; expert LoRA goes to the same file, as stock peft reads it."""
         if not safe_serialization:
             raise KTError("safe_serialization: got False; adapters are saved as safetensors only. Leave it at True.")
         state = kwargs.pop("state_dict", None)
@@ -206,53 +115,35 @@ class _KTPeftMixin:
         prefixes = tuple(f"{name}." for name, _ in _expert_layers(self))
         kwargs["state_dict"] = {k: v for k, v in state.items() if not k.startswith(prefixes)} if prefixes else state
         super().save_pretrained(save_directory, True, selected_adapters, **kwargs)  # type: ignore[misc]
+        if not kwargs.get("is_main_process", True):
+            return
+        layout, names = layout_of(self), _plain_names(self)
         for adapter in selected_adapters or list(self.peft_config):
-            if kwargs.get("is_main_process", True):
-                folder = Path(save_directory) / ("" if adapter == "default" else adapter)
-                _add_experts(self, folder, adapter, state)
-
-    def merge_and_unload(self: Any, *args: Any, **kwargs: Any) -> Any:
-        """Refused as a whole while the experts have LoRA: peft merges module by module."""
-        _refuse_merge(self)
-        return self.base_model.merge_and_unload(*args, **kwargs)
-
-    def merge_adapter(self: Any, *args: Any, **kwargs: Any) -> Any:
-        """Refused as a whole while the experts have LoRA: peft merges module by module."""
-        _refuse_merge(self)
-        return self.base_model.merge_adapter(*args, **kwargs)
+            folder = Path(save_directory) / ("" if adapter == "default" else adapter)
+            experts = {
+                name.removeprefix(PREFIX): _saved(name, layer, adapter, state)
+                for name, layer in _expert_layers(self)
+                if adapter in layer.lora_A
+            }
+            write_experts(folder, experts, layout, names)
+            if experts and layout.unreadable:
+                warnings.warn(f"ktmoe: {layout.unreadable}", stacklevel=2)
 
     def load_adapter(self: Any, model_id: str, adapter_name: str, is_trainable: bool = False, **kwargs: Any) -> Any:
-        """`PeftModel.load_adapter`; reads PEFT's per-expert format into the stacked parameters."""
+        """`PeftModel.load_adapter`, of every format that `ktmoe.load_adapter` reads."""
         _refuse_options(kwargs)
-        hub = {k: v for k, v in kwargs.items() if k in _HUB and v is not None}
+        adapter = _read(self, model_id, kwargs)
         new = adapter_name not in self.peft_config
         if new:
-            self.add_adapter(adapter_name, _read_config(self.get_base_model(), str(model_id), is_trainable, hub))
+            with _native_names():
+                config = _config_of(adapter, self.get_base_model(), is_trainable)
+                super().add_adapter(adapter_name, config)  # type: ignore[misc]
         try:
-            return self._read_adapter(str(model_id), adapter_name, is_trainable, hub)
+            return _fill(self, adapter, adapter_name, is_trainable)
         except Exception:
             if new:  # an adapter that did not load must not stay behind half made
                 self.delete_adapter(adapter_name)
             raise
-
-    def _read_adapter(self: Any, model_id: str, adapter_name: str, is_trainable: bool, hub: dict[str, Any]) -> Any:
-        weights = load_peft_weights(model_id, device="cpu", **hub)
-        layers = {name: layer for name, layer in _expert_layers(self) if layer.stacked(adapter_name)}
-        rest = _load_experts(layers, adapter_name, weights, _layout(self), model_id)
-        with _native_names():
-            result = set_peft_model_state_dict(self, rest, adapter_name=adapter_name)
-        prefixes = tuple(f"{name}." for name in layers)
-        missing = [k for k in result.missing_keys if "lora_" in k and f".{adapter_name}." in k]
-        missing = [k for k in missing if not k.startswith(prefixes or ("\0",))]
-        if result.unexpected_keys or missing:
-            raise KTError(
-                f"{model_id}: the adapter does not fit this model. Missing: {missing[:5] or 'none'}; not expected: "
-                f"{result.unexpected_keys[:5] or 'none'}."
-            )
-        result.missing_keys[:] = missing
-        if not is_trainable:
-            self.eval()
-        return result
 
     def add_adapter(self: Any, adapter_name: str, peft_config: LoraConfig, **kwargs: Any) -> None:
         """`PeftModel.add_adapter`, for the routed experts too."""
@@ -261,39 +152,51 @@ class _KTPeftMixin:
             prepared = prepare_config(peft_config, self.get_base_model())
             super().add_adapter(adapter_name, prepared, **kwargs)  # type: ignore[misc]
 
+    def merge_adapter(self: Any, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """`PeftModel.merge_adapter`; see `LoraExperts.merge` for what it does to routed experts."""
+        self._check_merge(adapter_names, safe_merge)
+        options = {"safe_merge": True} if safe_merge else {}  # peft before 0.17 has no such argument
+        self.base_model.merge_adapter(adapter_names=adapter_names, **options)
 
-def _read_config(model: nn.Module, path: str, is_trainable: bool, hub: dict[str, Any]) -> LoraConfig:
-    """A saved adapter's configuration, its targets narrowed to the modules that its file has.
+    def merge_and_unload(
+        self: Any, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
+    ) -> nn.Module:
+        """`PeftModel.merge_and_unload`: the model without adapters, its routed experts still run by ktmoe."""
+        self._check_merge(adapter_names, safe_merge)
+        return self.base_model.merge_and_unload(progressbar, safe_merge, adapter_names)
 
-    On disk gate_proj names the routed experts and any dense MLP alike; the keys say which of them were trained.
-    """
-    config = PeftConfig.from_pretrained(path, **hub)
-    config.inference_mode = not is_trainable
-    layout = _layout(model)
-    keys = [layout.to_module(k) for k in load_peft_weights(path, device="cpu", **hub) if ".lora_" in k]
-    saved = {k.rsplit(".lora_", 1)[0].removeprefix("base_model.model.") for k in keys}
-    modules = {m for m in saved if not _EXPERT_KEY.search(f"{m}.lora_")}
-    targets = config.target_modules if isinstance(config.target_modules, (set, list)) else modules
-    kept = {t for t in targets if any(m == t or m.endswith(f".{t}") for m in modules)}
-    reached = {n for n, _ in model.named_modules() if any(n == t or n.endswith(f".{t}") for t in kept)}
-    experts = {f"{m.rpartition('.experts.')[0]}.experts" for m in saved - modules}
-    config.target_modules = (kept if reached == modules else modules) | experts
-    return config
+    def _check_merge(self: Any, adapter_names: list[str] | None, safe_merge: bool) -> None:
+        """Before any module is touched, since peft merges module by module."""
+        unknown = [n for n in adapter_names or () if n not in self.peft_config]
+        if unknown:
+            raise KTError(f"adapter_names: got {unknown[0]!r}; this model has {', '.join(self.peft_config)}.")
+        for name, layer in _expert_layers(self) if safe_merge else ():
+            layer.check_merge(adapter_names, name)
+
+    def add_weighted_adapter(self: Any, adapters: list[str], *args: Any, **kwargs: Any) -> None:
+        """`LoraModel.add_weighted_adapter`; refused where one of the adapters is on routed experts."""
+        if any(a in layer.lora_A for a in adapters for _, layer in _expert_layers(self)):
+            raise KTError(
+                f"add_weighted_adapter: got {', '.join(adapters)}, with LoRA on routed experts; combining that is not "
+                "built. `model.base_model.set_adapter([...])` runs several at once: they add up."
+            )
+        self.base_model.add_weighted_adapter(adapters, *args, **kwargs)
+
+    def get_nb_trainable_parameters(self: Any) -> tuple[int, int]:
+        """Trainable parameters and all, the frozen routed experts included, which are no parameters here."""
+        trainable, total = super().get_nb_trainable_parameters()  # type: ignore[misc]
+        for experts in (m for m in self.modules() if isinstance(m, MoEExperts)):
+            total += 3 * experts.num_experts * experts.hidden_size * experts.weights.intermediate_size
+        return trainable, total
 
 
-def _refuse_merge(model: nn.Module) -> None:
-    if _expert_layers(model):
-        raise KTError(
-            "merge: the routed experts cannot be merged in memory yet. Load the saved adapter with stock transformers "
-            "and peft on the base model, and merge there."
-        )
-
-
-def _refuse_options(options: dict[str, Any]) -> None:
-    """Refuses peft's options that would leave the experts' LoRA unloaded without a word."""
-    for name in ("low_cpu_mem_usage", "ephemeral_gpu_offload", "key_mapping", "ignore_mismatched_sizes"):
-        if options.get(name):
-            raise KTError(f"{name}: got {options[name]!r}; not supported with routed experts. Leave it out.")
+def _inject(model: nn.Module, config: LoraConfig, adapter_name: str, **kwargs: Any) -> PeftModel:
+    with _native_names():
+        peft_model = peft.get_peft_model(model, config, adapter_name=adapter_name, **kwargs)
+    if not isinstance(peft_model, _KTPeftMixin):
+        stock: Any = type(peft_model)
+        peft_model.__class__ = _ktmoe_class(stock)
+    return peft_model
 
 
 @functools.cache
@@ -301,11 +204,107 @@ def _ktmoe_class(cls: Any) -> Any:
     return type(cls.__name__, (_KTPeftMixin, cls), {"__doc__": cls.__doc__, "__module__": __name__})
 
 
-def _as_ktmoe(peft_model: PeftModel) -> PeftModel:
-    if not isinstance(peft_model, _KTPeftMixin):
-        stock: Any = type(peft_model)
-        peft_model.__class__ = _ktmoe_class(stock)
-    return peft_model
+def _read(model: Any, path: str | os.PathLike[str], options: dict[str, Any]) -> Adapter:
+    """An adapter from disk that fits a model, with adapters or without. Nothing is changed."""
+    experts = {n.removesuffix(".base_layer"): m for n, m in model.named_modules() if isinstance(m, MoEExperts)}
+    shapes = {n.removeprefix(PREFIX): m.shape(1) for n, m in experts.items()}
+    hub = {k: v for k, v in options.items() if k in HUB}
+    adapter = read_adapter(str(path), shapes, layout_of(model), **hub)
+    names = {n.removeprefix(PREFIX) for n in _plain_names(model)}
+    foreign = sorted(set(adapter.modules) - names)
+    if foreign:
+        raise KTError(
+            f"{path}: the adapter does not fit this model, which has no module of the name {foreign[0]} "
+            f"({len(foreign)} such). Was it trained on another model?"
+        )
+    return adapter
+
+
+def _config_of(adapter: Adapter, model: nn.Module, is_trainable: bool) -> LoraConfig:
+    """The configuration that injects exactly the modules that an adapter's file has.
+
+    On disk gate_proj names the routed experts and any dense MLP alike; the keys say which of them were trained.
+    """
+    config = copy.deepcopy(adapter.config)
+    config.inference_mode = not is_trainable
+    modules = dict(adapter.modules)
+    linear = {n for n, m in model.named_modules() if n in modules and _has_layer(m)}
+    ranks: dict[str, float] = {n: m.rank for n, m in modules.items()}
+    alphas = {n: m.alpha for n, m in modules.items()}
+    for name, lora in adapter.experts.items():
+        ranks[name] = lora.rank
+        alphas[name] = lora.scaling * (math.sqrt(lora.rank) if config.use_rslora else lora.rank)
+    config.target_modules = short_names(linear | set(adapter.experts), _plain_names(model))
+    named = {n if n in linear or n in adapter.experts else f"{n}.weight": n for n in ranks}
+    config.rank_pattern = patterns({key: ranks[n] for key, n in named.items()}, config.r)
+    config.alpha_pattern = patterns({key: alphas[n] for key, n in named.items()}, config.lora_alpha)
+    if hasattr(config, "target_parameters"):  # what is no layer of peft's, such as a router: by its weight
+        config.target_parameters = sorted(f"{n}.weight" for n in set(modules) - linear) or None
+    config.layers_to_transform = config.layers_pattern = None
+    if getattr(config, "exclude_modules", None):
+        config.exclude_modules = None
+    return with_experts_layer(config)
+
+
+def _has_layer(module: nn.Module) -> bool:
+    """Whether peft has a LoRA layer for it as a module."""
+    return isinstance(module, (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)) or (
+        hasattr(module, "base_layer") and not hasattr(module, "parameter_name")
+    )
+
+
+def _fill(model: Any, adapter: Adapter, adapter_name: str, is_trainable: bool) -> Any:
+    """Copies an adapter's tensors into a PeftModel that has its modules. All or nothing."""
+    layers = {n: m for n, m in _expert_layers(model) if m.stacked(adapter_name)}
+    named = {n.removeprefix(PREFIX): m for n, m in layers.items()}
+    if set(named) != set(adapter.experts) or any(
+        named[n].r[adapter_name] != e.rank for n, e in adapter.experts.items()
+    ):
+        raise KTError(
+            f"{adapter.source}: adapter {adapter_name!r} of this model has LoRA on {len(named)} layers of routed "
+            f"experts, the file on {len(adapter.experts)}, or of another rank. Load it under a new name."
+        )
+    own = model.state_dict()
+    for key, tensor in adapter.rest.items():
+        head, lora, tail = key.partition(".lora_")
+        side, dot, rest = tail.partition(".")
+        there = own.get(f"{head}{lora}{side}.{adapter_name}{dot}{rest}") if lora else None
+        if there is not None and there.shape != tensor.shape:
+            raise KTError(f"{adapter.source}: {key} is {tuple(tensor.shape)}, expected {tuple(there.shape)}.")
+    with _native_names():
+        result = set_peft_model_state_dict(model, adapter.rest, adapter_name=adapter_name)
+    prefixes = tuple(f"{name}." for name in layers)
+    missing = [k for k in result.missing_keys if "lora_" in k and f".{adapter_name}." in k]
+    missing = [k for k in missing if not k.startswith(prefixes or ("\0",))]
+    if result.unexpected_keys or missing:
+        raise KTError(
+            f"{adapter.source}: the adapter does not fit this model. Missing: {missing[:5] or 'none'}; not expected: "
+            f"{result.unexpected_keys[:5] or 'none'}."
+        )
+    with torch.no_grad():
+        for name, layer in named.items():
+            for key, parameter in layer.stacked(adapter_name).items():
+                parameter.copy_(adapter.experts[name].tensors[key])
+    result.missing_keys[:] = missing
+    if not is_trainable:
+        model.eval()
+    return result
+
+
+def _saved(name: str, layer: LoraExperts, adapter: str, state: dict[str, Tensor]) -> ExpertLora:
+    """One layer's LoRA out of a state dict, on the CPU."""
+    tensors = {}
+    for key in layer.stacked(adapter):
+        projection, side = key.split(".")
+        tensors[key] = state[f"{name}.{side}.{adapter}.{projection}"].detach().cpu()
+    return ExpertLora(tensors, layer.r[adapter], layer.scaling[adapter])
+
+
+def _refuse_options(options: dict[str, Any]) -> None:
+    """Refuses peft's options that would leave the experts' LoRA unloaded without a word."""
+    for name in ("low_cpu_mem_usage", "ephemeral_gpu_offload", "key_mapping", "ignore_mismatched_sizes"):
+        if options.get(name):
+            raise KTError(f"{name}: got {options[name]!r}; not supported with routed experts. Leave it out.")
 
 
 @contextlib.contextmanager
@@ -333,86 +332,10 @@ def _expert_layers(model: nn.Module) -> list[tuple[str, LoraExperts]]:
     return [(name, m) for name, m in model.named_modules() if isinstance(m, LoraExperts)]
 
 
-def _layout(model: nn.Module) -> CheckpointLayout:
-    config = getattr(model, "config", None)
-    return checkpoint_layout(getattr(config, "model_type", None))
-
-
-def _projection_names(model: nn.Module) -> tuple[str, ...]:
-    return tuple(_layout(model).projections[p] for p in PROJECTIONS)
-
-
-def _add_experts(model: Any, folder: Path, adapter: str, state: dict[str, Tensor]) -> None:
-    """Writes expert LoRA beside the rest, in one file that is replaced as a whole, and the targets that name it."""
-    layout = _layout(model)
-    tensors: dict[str, Tensor] = {}
-    for name, layer in _expert_layers(model):
-        for key in layer.stacked(adapter):
-            projection, side = key.split(".")
-            stack = state[f"{name}.{side}.{adapter}.{projection}"].detach().cpu()
-            for e in range(len(stack)):
-                where = layout.to_disk(f"{name}.{e}.{layout.projections[projection]}")
-                tensors[f"{where}.{side}.weight"] = stack[e].clone()
-    if not tensors:
-        return
-    path = folder / _WEIGHTS
-    if not path.exists():
-        raise KTError(f"{path}: expert LoRA is saved as safetensors only. Leave safe_serialization at True.")
-    with safe_open(path, "pt") as file:
-        rest = {key: file.get_tensor(key) for key in file.keys()}
-    tensors |= rest
-    part = path.with_suffix(".part")
-    save_file(tensors, part, metadata={"format": "pt"})
-    os.replace(part, path)
-    config_path = folder / _CONFIG
-    config = json.loads(config_path.read_text())
-    targets = {t for t in config["target_modules"] if t.rpartition(".")[2] != EXPERTS_TARGET} | set(
-        layout.projections.values()
-    )
-    config["target_modules"] = sorted(targets)
-    part = config_path.with_suffix(".part")
-    part.write_text(json.dumps(config, indent=2, sort_keys=True))
-    os.replace(part, config_path)
-    unread = "" if layout.peft_reads else "the routed experts of this family"
-    if layout.peft_reads and any(f".{p}.lora_" in key for key in rest for p in layout.projections.values()):
-        unread = "LoRA on shared experts and dense MLPs beside routed experts"  # it renames both to the latter
-    if unread:
-        warnings.warn(
-            f"ktmoe: stock peft {peft.__version__} does not read {unread} rightly from {folder}; "
-            "ktmoe.load_adapter does.",
-            stacklevel=3,
-        )
-
-
-def _load_experts(
-    layers: dict[str, LoraExperts], adapter: str, weights: dict[str, Tensor], layout: CheckpointLayout, source: str
-) -> dict[str, Tensor]:
-    """Copies per-expert tensors into the stacked parameters, all or nothing. Returns what is not an expert's."""
-    rest = {layout.to_module(k): v for k, v in weights.items()}
-    plan: list[tuple[Tensor, Tensor]] = []
-    missing, wrong = [], []
-    for name, layer in layers.items():
-        for key, parameter in layer.stacked(adapter).items():
-            projection, side = key.split(".")
-            for e in range(len(parameter)):
-                on_disk = f"{name}.{e}.{layout.projections[projection]}.{side}.weight"
-                tensor = rest.pop(on_disk, None)
-                if tensor is None:
-                    missing.append(on_disk)
-                elif tensor.shape != parameter[e].shape:
-                    wrong.append(f"{on_disk} is {tuple(tensor.shape)}, expected {tuple(parameter[e].shape)}")
-                else:
-                    plan.append((parameter.data[e], tensor))
-    left = [k for k in rest if _EXPERT_KEY.search(k)]
-    if missing or wrong or left:
-        shown = [f"{len(b)} {what}, e.g. {b[0]}" for b, what in
-                 ((missing, "missing"), (wrong, "of a wrong shape"), (left, "not expected")) if b]  # fmt: skip
-        raise KTError(f"{source}: expert LoRA does not fit this model: {'; '.join(shown)}.")
-    with torch.no_grad():
-        for mine, theirs in plan:
-            mine.copy_(theirs)
-    return rest
-
-
-def _shown(targets: str | Iterable[str] | None) -> str:
-    return repr(targets) if targets is None or isinstance(targets, str) else "[" + ", ".join(sorted(targets)) + "]"
+def _plain_names(model: nn.Module) -> set[str]:
+    """Names of a model's own modules, as they were before peft put its layers around some of them."""
+    return {
+        n.removeprefix(PREFIX).replace(".base_layer", "")
+        for n, _ in model.named_modules()
+        if ".lora_" not in n and n not in ("", "base_model", "base_model.model")
+    }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -59,7 +60,7 @@ class _RunExperts(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> Any:
         hidden_states, index, weights, ticket, *lora = ctx.saved_tensors
-        check_unchanged(grad_output, hidden_states, index, weights, ctx.backend.shape)
+        check_unchanged(grad_output, hidden_states, index, weights, _by_name(lora, ctx.scaling), ctx.backend.shape)
         with own_settings():
             inputs = _inputs(ctx.backend, hidden_states, index, weights, tuple(lora), ctx.scaling)
             grad = grad_output.to("cpu", inputs.hidden_states.dtype).resolve_neg().contiguous()
@@ -73,6 +74,9 @@ class _RunExperts(torch.autograd.Function):
 def _inputs(
     backend: Backend, hidden_states: Tensor, index: Tensor, weights: Tensor, lora: tuple[Tensor, ...], scaling: float
 ) -> Inputs:
-    by_name = Lora(dict(zip(LORA_NAMES, lora, strict=True)), scaling) if lora else None
     shape: MoEShape = backend.shape
-    return make_inputs(hidden_states, index, weights, by_name, shape, backend.compute_dtype)
+    return make_inputs(hidden_states, index, weights, _by_name(lora, scaling), shape, backend.compute_dtype)
+
+
+def _by_name(lora: Sequence[Tensor], scaling: float) -> Lora | None:
+    return Lora(dict(zip(LORA_NAMES, lora, strict=True)), scaling) if lora else None

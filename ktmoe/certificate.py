@@ -39,7 +39,7 @@ def exists(about: dict[str, Any]) -> bool:
     """Whether this machine has a certificate for exactly this, as it was written."""
     try:
         found = json.loads(_path(about).read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False
     if not isinstance(found, dict) or found.get("subject") != about:
         return False

@@ -66,6 +66,25 @@ class Checkpoint:
         """The FP8 matrices that have block scales."""
         return [k for k, dtype in self._dtypes.items() if dtype == "F8_E4M3" and f"{k}{_SCALE}" in self.shapes]
 
+    def files(self) -> dict[str, list[str]]:
+        """The keys of every file, by its path."""
+        found: dict[str, list[str]] = {}
+        for key, file in self._file.items():
+            found.setdefault(file, []).append(key)
+        return found
+
+    def dtype(self, key: str) -> str:
+        """As the file's header writes it, e.g. BF16."""
+        return self._dtypes[key]
+
+    def tensor(self, key: str) -> Tensor:
+        """A view of the file."""
+        return self._tensor(key)
+
+    def metadata(self, key: str) -> dict[str, str]:
+        """What the header of the file that holds a tensor says beside its tensors."""
+        return dict(self._opened[key].metadata() or {})
+
     def dequantise(self, key: str) -> Tensor:
         """One of `fp8_keys`, in bf16."""
         return BlockFP8([self._tensor(key)], [self._tensor(f"{key}{_SCALE}")], self._block)[0]

@@ -1,4 +1,4 @@
-"""The command line: `ktmoe train`, `chat`, `export`, `eval`, `verify`."""
+"""The command line: `ktmoe train`, `chat`, `export`, `eval`, `verify`, `quantize`, `merge`."""
 
 from __future__ import annotations
 
@@ -127,6 +127,46 @@ def verify(
         if model:
             results.shapes_of(model, rank)  # a mistake shows before minutes of work
         raise SystemExit(report.verify(output, model, rank, seed, soak_minutes, allow_unverified, results.console()))
+
+    run(command)
+
+
+@app.command()
+def merge(
+    model: Annotated[str, typer.Argument(help="The base model: a folder with safetensors, or a hub name.")],
+    adapter: Annotated[str, typer.Argument(help="The LoRA adapter: a folder, or a hub name.")],
+    out: Annotated[Path, typer.Argument(help="Where the merged model goes: a folder that is not there yet.")],
+) -> None:
+    """Merge an adapter into its base model: a plain checkpoint that transformers and serving engines load.
+
+    Written shard by shard, with one tensor in memory at a time. OUT appears when it is complete, or not at all.
+    """
+    from ktmoe.merge import merge_adapter
+
+    run(lambda: typer.echo(str(merge_adapter(model, adapter, out))))
+
+
+@app.command()
+def quantize(
+    model: Annotated[str, typer.Argument(help="A folder with safetensors, or a hub name.")],
+    out: Annotated[Path, typer.Argument(help="Folder for the packed weights: about half the size of bf16.")],
+    tp: Annotated[int, typer.Option(min=1, max=4, help="Parts of tensor parallelism, as kt_tp_enabled makes.")] = 1,
+    threads: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(min=1, help="Threads of the kernel. Default: the physical cores."),
+    ] = None,
+) -> None:
+    """Pack MODEL's routed experts into INT8 files in OUT, for kt_backend: AMXInt8 and kt_weight_path: OUT.
+
+    Run it again after it was stopped, or to mend damaged files: layers that are whole are not made again.
+    """
+    from ktmoe.quantize import quantize as pack
+
+    def command() -> None:
+        layers = pack(model, out, tp, threads)
+        size = sum(layer.size for layer in layers)
+        typer.echo(f"ktmoe: {len(layers)} layers, {size / 1e9:.3g} GB. To train with them:")
+        typer.echo(f"kt_backend: AMXInt8\nkt_weight_path: {out}")
 
     run(command)
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from ktmoe.packed import PackedModel
 from ktmoe.types import KTError
 
 
@@ -55,7 +57,9 @@ class KTConfig:
         False, "One pool of threads per NUMA node (at most 4), each holding a slice of every expert."
     )
     kt_num_gpu_experts: int = _key(0, "Experts kept on the GPU. Not built yet: only 0 is accepted.")
-    kt_weight_path: str | None = _key(None, "Packed INT8 weights on disk. Not built yet: leave it out.")
+    kt_weight_path: str | None = _key(
+        None, "Folder of packed INT8 weights, made by ktmoe quantize; needs kt_backend: AMXInt8."
+    )
     kt_max_len: int | None = _key(None, "Tokens per kernel call; longer inputs run in chunks. Default: 4096.")
     kt_share_backward: str = _key(
         "auto",
@@ -91,10 +95,18 @@ class KTConfig:
                 "setting for it is ignored in training). Write 0, or leave it out."
             )
         if self.kt_weight_path is not None:
+            self._check_weight_path()
+
+    def _check_weight_path(self) -> None:
+        if not isinstance(self.kt_weight_path, (str, os.PathLike)):
+            raise KTError(f"kt_weight_path: got {self.kt_weight_path!r}; expected the folder of packed weights.")
+        object.__setattr__(self, "kt_weight_path", os.fspath(self.kt_weight_path))
+        if self.kt_backend != "AMXInt8":
             raise KTError(
-                f"kt_weight_path: got {self.kt_weight_path!r}; packed weights on disk are not built yet. Leave it "
-                "out: AMXInt8 quantises the model's own weights while loading."
+                f"kt_weight_path: got {self.kt_weight_path!r} with kt_backend: {self.kt_backend}; packed weights are "
+                "INT8, which only AMXInt8 computes with. Write kt_backend: AMXInt8, or leave kt_weight_path out."
             )
+        PackedModel(self.kt_weight_path)
 
     @classmethod
     def field_help(cls) -> dict[str, tuple[str, Any, str]]:

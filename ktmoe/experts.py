@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ktmoe.autograd import run_experts
-from ktmoe.backends import Plan, build, plan
+from ktmoe.backends import Plan, build, find_packed, plan
 from ktmoe.config import KTConfig
 from ktmoe.gate import ensure_verified, probe
 from ktmoe.interface import Backend
@@ -99,7 +99,7 @@ class MoEExperts(nn.Module):
         The kernel is verified first: by the contract gate for its shape on this host, then on these very weights.
 
         Raises:
-            KTError: the kernel was loaded for a smaller rank.
+            KTError: the kernel was loaded for a smaller rank, or `kt_weight_path` holds other or damaged weights.
             KernelError: the kernel failed a check, and `kt_fallback` is `error`.
         """
         outgrown = self._backend is not None and self._backend.shape.rank < rank
@@ -108,8 +108,10 @@ class MoEExperts(nn.Module):
             if any(getattr(self.weights, p)[0].is_meta for p in PROJECTIONS):
                 raise KTError("weights: on the meta device, so there are none. Give ExpertWeights tensors with data.")
             with own_settings():
-                self.plan = ensure_verified(plan(self.config, shape), shape, self.config)
-                backend = build(self.plan, self.weights, shape, scaling)
+                decided = plan(self.config, shape)
+                packed = find_packed(decided, self.weights, self.config)  # before the gate, which takes seconds
+                self.plan = ensure_verified(decided, shape, self.config)
+                backend = build(self.plan, self.weights, shape, scaling, packed if self.plan.is_kernel else None)
                 if self.plan.is_kernel:
                     backend, self.plan = probe(backend, self.plan, self.weights, self.config)
             self._backend = backend
@@ -141,6 +143,23 @@ class MoEExperts(nn.Module):
         if lora is not None:
             check_lora(lora, backend.shape)
         return run_experts(backend, hidden_states, top_k_index, top_k_weights, lora)
+
+    def use_weights(self, weights: ExpertWeights) -> None:
+        """Computes with other weights of the same sizes from now on; a backend that is loaded is loaded again.
+
+        Raises:
+            KernelError: the kernel failed its probe on them. The weights are the old ones.
+        """
+        before, self.weights = self.weights, weights
+        if self._backend is None:
+            return
+        rank, scaling = self._backend.shape.rank, getattr(self._backend, "scaling", 1.0)
+        self.close()
+        try:
+            self.load(rank, scaling)
+        except BaseException:
+            self.weights = before
+            raise
 
     def close(self) -> None:
         """Releases the backend. The kernel's packed buffers go to the next layer that is built alike (trap K22)."""

@@ -25,9 +25,9 @@ from ktmoe.blocks import (
     sparsemixer,
     take_over,
 )
-from ktmoe.checkpoint_names import ExpertKey
+from ktmoe.checkpoint_names import CheckpointNames, ExpertKey
 from ktmoe.experts import MoEExperts
-from ktmoe.types import PROJECTIONS, ExpertWeights, KTError
+from ktmoe.types import PROJECTIONS, ExpertWeights, KTError, MoEShape
 
 
 _V4 = transformers.__version__.startswith("4.")
@@ -111,6 +111,11 @@ class Layer:
         i = gate_up.shape[1] // 2
         return ExpertWeights(gate_up[:, :i], gate_up[:, i:], down)  # gate above up
 
+    def shape(self) -> MoEShape:
+        """Its sizes, whether or not it has weights; the rank is not known here."""
+        w = self.weights(self.host_tensors())
+        return MoEShape(w.num_experts, w.hidden_size, w.intermediate_size, self.top_k, 1)
+
     def disk_names(self) -> dict[str, ExpertKey]:
         """Names that a checkpoint gives this layer's weights, where they are not those of the experts module."""
         if self.row is None or isinstance(self.modules[0], nn.ModuleList):
@@ -134,6 +139,17 @@ class Layer:
         prefix = self.name.rpartition(".")[0]
         names = self.row.holders if self.row else (self.name.rpartition(".")[2],)
         return ((f"{prefix}.{leaf}".lstrip("."), m) for leaf, m in zip(names, self.modules, strict=True))
+
+
+def names_on_disk(model: nn.Module, found: Mapping[str, Layer]) -> CheckpointNames:
+    """How checkpoints name the tensors of a model and of its routed experts.
+
+    Args:
+        model: with or without weights.
+        found: its layers, from `find`.
+    """
+    others = {key: place for layer in found.values() for key, place in layer.disk_names().items()}
+    return CheckpointNames(model, found, others)
 
 
 def put_back(model: nn.Module, name: str, experts: MoEExperts) -> None:

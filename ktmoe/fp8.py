@@ -54,3 +54,8 @@ class BlockFP8(Sequence[Tensor]):
         rows, columns = matrix.shape
         scale = self._scales[e].float().repeat_interleave(self._block[0], 0)[:rows]
         return matrix.mul_(scale.repeat_interleave(self._block[1], 1)[:, :columns]).to(self.dtype)
+
+    def row(self, e: int, n: int) -> Tensor:
+        """[in] bf16: row `n` of expert `e`, without the rest of its matrix."""
+        scale = self._scales[e][n // self._block[0]].float().repeat_interleave(self._block[1])
+        return self._matrices[e][n].float().mul_(scale[: self.shape[2]]).to(self.dtype)

@@ -36,7 +36,7 @@ class Level:
 
     Attributes:
         seeds: drawn cases of the contract gate.
-        tokens: in each case, besides two per expert; enough for an expert to have more than the kernel's 32 rows.
+        tokens: in each case, besides two per expert, if `case_tokens` does not ask for more.
         probe_dtype: what torch computes the load probe's reference in.
         every_gradient: whether the load probe computes the input gradient also where that tells nothing new.
     """
@@ -166,13 +166,18 @@ def run_contract(about: dict[str, Any], level: str) -> list[str]:
     if certificate.subject(plan, shape) != about:
         return ["the checking process has another ktmoe, kernel or CPU than this one"]
     for seed in range(LEVELS[level].seeds):
-        case = contract.draw_case(shape, LEVELS[level].tokens, seed)
+        case = contract.draw_case(shape, case_tokens(level, shape), seed)
         backend = build(plan, case.weights, shape, case.lora.scaling)
         problems = contract.judge(backend, case, contract.HARD[plan.backend])
         backend.close()
         if problems:
             return problems
     return []
+
+
+def case_tokens(level: str, shape: MoEShape) -> int:
+    """Mixed tokens of a drawn case: the kernel computes in blocks of 32 rows, and some expert must begin a second."""
+    return max(LEVELS[level].tokens, 40 * (shape.num_experts - 1) // shape.top_k)
 
 
 def _run_gate(about: dict[str, Any], level: str) -> list[str]:

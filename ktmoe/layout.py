@@ -1,26 +1,49 @@
-"""How a family's checkpoints name the routed experts, read from transformers' own conversion table."""
+"""How a family's files name the routed experts, and which adapter format stock peft reads for it."""
 
 from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, field
 
+import peft
+import transformers
+from torch.torch_version import TorchVersion
+
 from ktmoe.types import PROJECTIONS
+
+
+PER_EXPERT, FUSED = "per-expert", "fused"
+# transformers 4 has no table of these: the families whose experts are w1, w3, w2.
+_W_FAMILIES = ("mixtral", "minimax", "phimoe")
+# What peft's table calls the two naming schemes that it fuses on transformers 5.
+_MAPPED = ("mixtral", "qwen2_moe")
 
 
 @dataclass(frozen=True)
 class CheckpointLayout:
-    """Names on disk against names in memory.
+    """Names on disk against names in memory, for the installed transformers and peft.
 
     Attributes:
         projections: our projection -> the family's, e.g. gate_proj -> w1.
         renames: (on disk, in memory) parts of a key, e.g. (".block_sparse_moe.", ".mlp.").
-        peft_reads: whether the installed peft puts per-expert LoRA onto this family's experts.
+        adapter_format: PER_EXPERT, or FUSED for families whose per-expert LoRA peft would ignore without a word.
+        stacked: whether transformers holds the experts as stacked parameters (transformers 5).
+        unreadable: why the installed peft reads neither format, and what does; "" if it reads them.
     """
 
     projections: dict[str, str] = field(default_factory=lambda: {p: p for p in PROJECTIONS})
     renames: tuple[tuple[str, str], ...] = ()
-    peft_reads: bool = False
+    adapter_format: str = PER_EXPERT
+    stacked: bool = False
+    unreadable: str = ""
+
+    @property
+    def remapped(self) -> tuple[str, ...]:
+        """Last parts of module names that stock peft takes for the routed experts' or the router's, wherever they are.
+
+        LoRA on other modules of such names is read rightly only if `target_parameters` names their weights.
+        """
+        return ("gate", *self.projections.values()) if self.stacked and self.adapter_format == PER_EXPERT else ()
 
     def to_disk(self, key: str) -> str:
         """A key under an experts module, as the family's checkpoints write it."""
@@ -38,12 +61,14 @@ class CheckpointLayout:
 @functools.cache
 def checkpoint_layout(model_type: str | None) -> CheckpointLayout:
     """The layout of one transformers model type; gate_proj, up_proj, down_proj where no table knows it."""
+    projections = {p: p for p in PROJECTIONS}
     try:
         from transformers.conversion_mapping import get_checkpoint_conversion_mapping
         from transformers.core_model_loading import WeightConverter
     except ImportError:  # transformers 4 keeps one nn.Linear per expert under the checkpoint's own names
-        return CheckpointLayout()
-    projections = {p: p for p in PROJECTIONS}
+        if model_type in _W_FAMILIES:
+            projections = dict(zip(PROJECTIONS, ("w1", "w3", "w2"), strict=True))
+        return CheckpointLayout(projections)
     renames = []
     for entry in get_checkpoint_conversion_mapping(model_type) or ():
         target = entry.target_patterns[0]
@@ -54,14 +79,30 @@ def checkpoint_layout(model_type: str | None) -> CheckpointLayout:
             projections["down_proj"] = sources[0]
         elif len(entry.source_patterns) == 1 and entry.source_patterns[0] == ".block_sparse_moe.":
             renames.append((entry.source_patterns[0], target))
-    return CheckpointLayout(projections, tuple(renames), _peft_reads(model_type))
+    form = PER_EXPERT if _mapped(model_type) else FUSED
+    return CheckpointLayout(projections, tuple(renames), form, True, _unreadable())
 
 
-def _peft_reads(model_type: str | None) -> bool:
-    """Whether peft's own table has this family: it leaves the others' experts alone without a word."""
+def _mapped(model_type: str | None) -> bool:
+    """Whether peft's own table has this family: it leaves the others' per-expert LoRA alone without a word.
+
+    Where the installed peft has no table yet, transformers' own, which peft's is made of, tells what a later one does.
+    """
+    from transformers import conversion_mapping
+
     try:
-        from peft.utils import transformers_weight_conversion as conversion
-    except ImportError:  # peft before 0.19 knows one nn.Linear per expert only: transformers 5 has none
-        return False
-    base = getattr(conversion, "_MODEL_TO_CONVERSION_PATTERN", {}).get(model_type)
-    return base in getattr(conversion, "_MOE_TARGET_MODULE_MAPPING", {})
+        from peft.utils import transformers_weight_conversion as table
+    except ImportError:  # before 0.19
+        table = conversion_mapping
+    patterns = getattr(table, "_MODEL_TO_CONVERSION_PATTERN", {})
+    return model_type == "mixtral" or patterns.get(model_type) in getattr(table, "_MOE_TARGET_MODULE_MAPPING", _MAPPED)
+
+
+def _unreadable() -> str:
+    if TorchVersion(peft.__version__) >= "0.20":
+        return ""
+    return (
+        f"peft {peft.__version__} does not read LoRA of routed experts on transformers {transformers.__version__}: "
+        "it fails or ignores them. Load the adapter with ktmoe.load_adapter, merge it with `ktmoe merge`, or use peft "
+        "0.20 or later."
+    )

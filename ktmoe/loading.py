@@ -40,6 +40,7 @@ _REFUSED = (
     "load_in_8bit",
     "ignore_mismatched_sizes",
 )
+_PLACES = "Give a device_map that puts every module on a device, or offloads some of them beside others on a device."
 
 
 def load_model(
@@ -72,6 +73,10 @@ def load_model(
     refused = sorted(name for name in _REFUSED if from_pretrained.get(name))
     if refused:
         raise KTError(f"load_model: got {', '.join(refused)}; experts are streamed from safetensors. Leave it out.")
+    device_map = from_pretrained.get("device_map")
+    places = device_map.values() if isinstance(device_map, Mapping) else (device_map,)
+    if any(str(place) == "meta" for place in places):
+        raise KTError(f"device_map: got {device_map!r}; on the meta device there are no weights. {_PLACES}")
     config = config or KTConfig()
     hub = {k: v for k, v in from_pretrained.items() if k in HUB}
     trust = from_pretrained.pop("trust_remote_code", False)
@@ -97,8 +102,17 @@ def load_model(
         model, info = auto_class(model_config).from_pretrained(
             path, config=model_config, trust_remote_code=trust, **options
         )
+    _check_on_devices(model)
     _check_rest(model, checkpoint, info)
     return stream(model, checkpoint, config, lora, r)
+
+
+def _check_on_devices(model: nn.Module) -> None:
+    """Refuses a model that transformers left without weights. accelerate's hooks bring in what it offloaded."""
+    for name, module in model.named_modules():
+        lost = [p for p, value in module.named_parameters(name, recurse=False) if value.is_meta]
+        if lost and not hasattr(module, "_hf_hook"):
+            raise KTError(f"device_map: {lost[0]} has no weights: transformers left it on the meta device. {_PLACES}")
 
 
 def _check_rest(model: nn.Module, checkpoint: Checkpoint, info: dict[str, Any]) -> None:
@@ -112,11 +126,10 @@ def _check_rest(model: nn.Module, checkpoint: Checkpoint, info: dict[str, Any]) 
     Raises:
         KTError: names the file and the key.
     """
-    names = CheckpointNames(model, ())
-    for key, there, expected in sorted((str(k), tuple(a), tuple(b)) for k, a, b in info["mismatched_keys"]):
-        raise checkpoint.wrong_shape(
-            next((k for k in checkpoint.shapes if names.parameter(k, (key,))), key), there, expected
-        )
+    names, tensors = CheckpointNames(model, ()), model.state_dict()
+    for key in sorted(k if isinstance(k, str) else str(k[0]) for k in info["mismatched_keys"]):
+        on_disk = next((k for k in checkpoint.shapes if names.parameter(k, (key,))), key)
+        raise checkpoint.wrong_shape(on_disk, checkpoint.shapes.get(on_disk, ()), tuple(tensors[key].shape))
     missing = sorted(str(key) for key in info["missing_keys"])
     if missing:
         raise KTError(
@@ -185,13 +198,6 @@ def stream(
         KTError: as `attach`; or matrices that are missing, there twice, or of another shape.
         KernelError: the kernel failed a check.
     """
-    for name, module in model.named_modules():  # accelerate's hooks bring in what `device_map` offloaded
-        lost = [p for p, value in module.named_parameters(name, recurse=False) if value.is_meta]
-        if lost and not hasattr(module, "_hf_hook"):
-            raise KTError(
-                f"device_map: {lost[0]} has no weights: transformers left it on the meta device. Give a device_map "
-                "that puts every module on a device, or offloads some of them beside others on a device."
-            )
     _dequantise(model, checkpoint)  # first: transformers 4 has a parameter for each matrix of an expert
     for name, absent in [(n, m) for n, m in model.named_modules() if isinstance(m, _Absent)]:
         _put(model, name, absent.experts[0])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import warnings
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,12 +16,11 @@ from tqdm.auto import tqdm
 from ktmoe.adapters import check_lora_config, get_peft_model
 from ktmoe.backends import kernel, plan
 from ktmoe.checkpoint import Checkpoint
-from ktmoe.checkpoint_names import CheckpointNames
 from ktmoe.config import KTConfig
 from ktmoe.experts import MoEExperts
-from ktmoe.families import expert_modules, find, put_back
+from ktmoe.families import Layer, expert_modules, find, names_on_disk, put_back
 from ktmoe.peft_layer import LoraExperts
-from ktmoe.types import KTError, MoEShape
+from ktmoe.types import ExpertWeights, KTError, MoEShape
 
 
 if TYPE_CHECKING:
@@ -64,9 +65,7 @@ def attach(
         tensors = {name: layer.host_tensors() for name, layer in found.items()}
         weights = {name: layer.weights(tensors[name]) for name, layer in found.items()}
         if checkpoint is not None:
-            sizes = {name: (w.num_experts, w.intermediate_size, w.hidden_size) for name, w in weights.items()}
-            others = {key: place for layer in found.values() for key, place in layer.disk_names().items()}
-            weights = checkpoint.experts(sizes, CheckpointNames(model, found, others))
+            weights = _on_disk(model, found, checkpoint)
         for name, layer in found.items():
             if checkpoint is None and any(t.is_meta for t in tensors[name].values()):
                 raise KTError(
@@ -180,10 +179,37 @@ def expert_shapes(model_config: Any, r: int, *, trust_remote_code: bool = False)
     """
     if isinstance(r, bool) or not isinstance(r, int) or r < 1:
         raise KTError(f"lora_rank: got {r!r}; expected a whole number of at least 1.")
+    skeleton = _skeleton(model_config, trust_remote_code)
+    return list(dict.fromkeys(replace(layer.shape(), rank=r) for layer in find(skeleton).values()))
+
+
+def experts_in(model_config: Any, checkpoint: Checkpoint) -> dict[str, ExpertWeights]:
+    """The routed experts in a checkpoint, by the name that their module has in the model. Nothing is loaded.
+
+    Args:
+        model_config: a transformers configuration.
+        checkpoint: its files.
+
+    Raises:
+        KTError: as `attach`; or matrices that are missing, there twice, or of another shape.
+    """
+    skeleton = _skeleton(model_config)
+    return _on_disk(skeleton, find(skeleton), checkpoint)
+
+
+def _on_disk(model: nn.Module, found: Mapping[str, Layer], checkpoint: Checkpoint) -> dict[str, ExpertWeights]:
+    shapes = {name: layer.shape() for name, layer in found.items()}
+    sizes = {name: (s.num_experts, s.intermediate_size, s.hidden_size) for name, s in shapes.items()}
+    return checkpoint.experts(sizes, names_on_disk(model, found))
+
+
+def _skeleton(model_config: Any, trust_remote_code: bool = False) -> nn.Module:
+    """The model without weights."""
     try:
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            skeleton = auto_class(model_config).from_config(model_config, trust_remote_code=trust_remote_code)
+            made: nn.Module = auto_class(model_config).from_config(model_config, trust_remote_code=trust_remote_code)
+            return made
     except (ValueError, KeyError, AttributeError, ImportError, TypeError) as error:
         if trust_remote_code:
             raise KTError(
@@ -193,9 +219,6 @@ def expert_shapes(model_config: Any, r: int, *, trust_remote_code: bool = False)
                 "deepseek_v3 into its config.json."
             ) from error
         raise KTError(f"transformers has no language model for {type(model_config).__name__}: {error}") from error
-    found = [(layer.weights(layer.host_tensors()), layer.top_k) for layer in find(skeleton).values()]
-    shapes = [MoEShape(w.num_experts, w.hidden_size, w.intermediate_size, top_k, r) for w, top_k in found]
-    return list(dict.fromkeys(shapes))
 
 
 def moe_layers(model: nn.Module) -> dict[str, MoEExperts]:
@@ -261,5 +284,6 @@ def _allow_saving(model: nn.Module) -> None:
 def _refuse_save(name: str, *args: Any, **kwargs: Any) -> None:
     raise KTError(
         f"{name}: this model's routed experts are not among its parameters, so a checkpoint without experts would be "
-        "written. Save the adapter (PeftModel.save_pretrained); the base checkpoint is unchanged."
+        "written. Save the adapter (PeftModel.save_pretrained); `ktmoe merge` writes a checkpoint with it merged in. "
+        "A model that was in memory when it was attached saves after ktmoe.detach."
     )

@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
 from ktmoe.experts import MoEExperts, checked_scaling, init_lora, stay_fp32_on_cpu
-from ktmoe.types import KTError, Lora
+from ktmoe.types import PROJECTIONS, ExpertWeights, KTError, Lora
 
 
 PLAIN_INIT = (True, False, "gaussian")
@@ -37,6 +38,8 @@ class LoraExperts(nn.Module, LoraLayer):
     lora_A: Any
     lora_B: Any
     active_adapters: list[str]
+    merged_adapters: list[str]
+    merged: bool
     disable_adapters: bool
     get_base_layer: Callable[[], MoEExperts]
     set_adapter: Callable[..., None]
@@ -49,7 +52,9 @@ class LoraExperts(nn.Module, LoraLayer):
         with warnings.catch_warnings():  # peft warns of any layer type that is not its own
             warnings.filterwarnings("ignore", message="Unsupported layer type")
             LoraLayer.__init__(self, base_layer)
+        self.use_rslora = getattr(self, "use_rslora", {})  # peft 0.12 has none
         self._active_adapter = adapter_name
+        self._source: ExpertWeights | None = None  # the base's own weights, while it computes with a merged copy
         r, lora_alpha = kwargs.pop("r"), kwargs.pop("lora_alpha")
         self.update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
 
@@ -102,8 +107,11 @@ class LoraExperts(nn.Module, LoraLayer):
         return {n: getattr(self, n.split(".")[1])[adapter_name][n.split(".")[0]] for n in names}
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """The experts with the active adapter, or without one while adapters are disabled."""
-        active = [] if self.disable_adapters else [a for a in self.active_adapters if a in self.lora_A]
+        """The experts with the active adapter, or without one while adapters are disabled or merged."""
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        without = self.disable_adapters or self.merged
+        active = [] if without else [a for a in self.active_adapters if a in self.lora_A]
         lora = None
         if len(active) == 1:
             lora = Lora(self.stacked(active[0]), self.scaling[active[0]])
@@ -125,14 +133,85 @@ class LoraExperts(nn.Module, LoraLayer):
         return Lora(tensors, 1.0)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Refused: the kernel's packed weights cannot take an update."""
-        raise KTError(
-            "merge: the routed experts cannot be merged in memory yet. Load the saved adapter with stock transformers "
-            "and peft on the base model, and merge there."
-        )
+        """Adds adapters to the experts' weights, as peft does: W + scaling * B A in fp32, rounded to W's dtype.
+
+        The experts of a model that was in memory when it was attached are changed in place, as peft's own layers do.
+        Those that are streamed from files, or that the caller holds, are copied first: the copy takes the memory of
+        the whole layer. The backend is loaded again, and the load probe runs again, from the merged weights.
+
+        Args:
+            safe_merge: refuse NaN and infinity before anything is changed.
+            adapter_names: all active ones if None.
+
+        Raises:
+            KTError: `safe_merge` found a number that is not finite.
+            KernelError: the kernel fails its probe on the merged weights. They are as they were, up to rounding.
+        """
+        base: MoEExperts = self.get_base_layer()
+        names = [n for n in check_adapters_to_merge(self, adapter_names) or () if n in self.lora_A]
+        if not names:
+            return
+        if safe_merge:
+            self.check_merge(names)
+        weights = base.weights
+        if not base.original and self._source is None:
+            weights = ExpertWeights(*(torch.stack(list(getattr(base.weights, p))) for p in PROJECTIONS))
+        self._add(weights, names, 1.0)
+        before = base.weights
+        try:
+            base.use_weights(weights)
+        except BaseException:
+            if weights is before:
+                self._add(weights, names, -1.0)
+            raise
+        if weights is not before:
+            self._source = before
+        self.merged_adapters.extend(names)
 
     def unmerge(self) -> None:
-        """Nothing is ever merged."""
+        """Takes merged adapters out again: exactly where the weights were copied, else up to rounding, as peft."""
+        names, self.merged_adapters[:] = [n for n in self.merged_adapters if n in self.lora_A], []
+        base: MoEExperts = self.get_base_layer()
+        if self._source is not None:
+            source, self._source = self._source, None
+            base.use_weights(source)
+        elif names:
+            self._add(base.weights, names, -1.0)
+            base.use_weights(base.weights)
+
+    @torch.no_grad()
+    def _add(self, weights: ExpertWeights, adapters: list[str], sign: float) -> None:
+        """Adds `sign * scaling * B A` of the adapters to the weights, in place."""
+        for projection in PROJECTIONS:
+            for e in range(weights.num_experts):
+                weight = getattr(weights, projection)[e]
+                for name in adapters:
+                    weight.copy_(weight.float() + sign * self._lora(name).delta(projection, e))
+
+    def check_merge(self, adapter_names: list[str] | None, where: str = "the routed experts") -> None:
+        """Refuses a merge whose result would not be finite.
+
+        Raises:
+            KTError: names the layer and the expert.
+        """
+        base: MoEExperts = self.get_base_layer()
+        names = [
+            n for n in adapter_names or self.active_adapters if n in self.lora_A and n not in self.merged_adapters
+        ]
+        for projection in PROJECTIONS:
+            for e in range(base.num_experts):
+                merged = getattr(base.weights, projection)[e].float()
+                for name in names:
+                    merged = merged + self._lora(name).delta(projection, e)
+                if not merged.to(base.weights.dtype).isfinite().all():
+                    raise KTError(
+                        f"safe_merge: {where}, {projection} of expert {e}: merging {', '.join(names)} gives NaN or "
+                        "infinity. Nothing was merged; the adapter seems to be broken."
+                    )
+
+    def _lora(self, adapter_name: str) -> Lora:
+        tensors = {n: p.detach() for n, p in self.stacked(adapter_name).items()}
+        return Lora(tensors, self.scaling[adapter_name])
 
     def _apply(self, fn: Any, recurse: bool = True) -> LoraExperts:
         """Stays where it is, and fp32: see `MoEExperts`."""

@@ -84,6 +84,8 @@ class ExpertWeights:
                 f"ExpertWeights: gate_proj is {dtype}; expected bfloat16, float16 or float32. Quantised checkpoints "
                 "must be dequantised first."
             )
+        if (layout := getattr(self.gate_proj, "layout", torch.strided)) != torch.strided:
+            raise KTError(f"ExpertWeights: gate_proj has layout {layout}; expected dense tensors.")
         for name, shape in (("gate_proj", (i, h)), ("up_proj", (i, h)), ("down_proj", (h, i))):
             stack = getattr(self, name)
             for e in range(1 if hasattr(stack, "shape") else len(stack)):
@@ -145,6 +147,11 @@ class Lora:
     def rank(self) -> int:
         """r."""
         return self.tensors["gate_proj.lora_A"].shape[1]
+
+    def delta(self, projection: str, e: int) -> Tensor:
+        """scaling * B A of one expert: [out, in] float32."""
+        a, b = self.tensors[f"{projection}.lora_A"][e], self.tensors[f"{projection}.lora_B"][e]
+        return (b.float() @ a.float()).mul_(self.scaling)
 
     def __iter__(self) -> Iterator[Tensor]:
         """The six tensors in the order of `LORA_NAMES`."""

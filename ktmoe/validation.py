@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from ktmoe_reference import LORA_NAMES
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 
 from ktmoe.types import Inputs, KTError, Lora, MoEShape
 
@@ -62,6 +63,7 @@ def check_call(hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
             raise KTError(f"{name}: got {type(tensor).__name__}; expected {kind}.")
         if tensor.dtype not in dtypes:
             raise KTError(f"{name}: got {tensor.dtype}; expected {kind}.")
+        _check_memory(name, tensor)
     if hidden_states.dim() != 2 or hidden_states.shape[1] != shape.hidden_size:
         raise KTError(
             f"hidden_states: got shape {tuple(hidden_states.shape)}; expected [T, {shape.hidden_size}]. Flatten batch "
@@ -76,12 +78,25 @@ def check_call(hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
             )
 
 
+def _check_memory(name: str, tensor: Tensor) -> None:
+    """Refuses a tensor whose numbers are not all there, one after the other: no backend can point to them."""
+    if tensor.is_meta or tensor.layout != torch.strided:
+        what = "a tensor on the meta device, which has no data" if tensor.is_meta else f"layout {tensor.layout}"
+        raise KTError(f"{name}: got {what}; expected a dense tensor with data.")
+
+
 def check_unchanged(
-    grad_output: Tensor, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, shape: MoEShape
+    grad_output: Tensor,
+    hidden_states: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    lora: Lora | None,
+    shape: MoEShape,
 ) -> None:
     """Refuses a backward whose inputs have other sizes than in the forward.
 
-    `x.data = y` goes past autograd's own check, and the kernel would write out of bounds (K6, K7).
+    `x.data = y` goes past autograd's own check, and the kernel would write out of bounds (K6, K7). A LoRA tensor that
+    was replaced by a smaller one would be spread over all experts.
 
     Raises:
         KTError: names both shapes.
@@ -92,6 +107,8 @@ def check_unchanged(
             "backward. Something replaced its data (`.data = ...`) in between; give the experts a new tensor instead."
         )
     check_call(hidden_states, top_k_index, top_k_weights, shape)
+    if lora is not None:
+        check_lora(lora, shape)
 
 
 def check_lora(lora: Lora, shape: MoEShape) -> None:
@@ -115,6 +132,7 @@ def check_lora(lora: Lora, shape: MoEShape) -> None:
                 f"{name}: got {tensor.dtype} {tuple(tensor.shape)}; expected floating point {expected} "
                 "([E, r, in] for lora_A, [E, out, r] for lora_B)."
             )
+        _check_memory(name, tensor)
 
 
 def make_inputs(
@@ -129,9 +147,17 @@ def make_inputs(
 
     Ids outside [0, E), of any size, become -1, which every backend skips (the kernel drops -1 cleanly, but
     ids of 2^31 and more wrap around in it).
+
+    Raises:
+        KTError: under a mode that makes tensors without numbers (torch.export, FakeTensorMode).
     """
     index = top_k_index.to("cpu", torch.int64)
     inside = (index >= 0) & (index < shape.num_experts)
+    if is_fake(inside):
+        raise KTError(
+            "The routed experts were called with tensors that have no numbers (torch.export, FakeTensorMode). They "
+            "run on real tensors alone; torch.compile leaves them out by itself."
+        )
     return Inputs(
         hidden_states.to("cpu", compute_dtype).resolve_neg().contiguous(),
         torch.where(inside, index, -1).contiguous(),

@@ -1,7 +1,9 @@
 """What every test relies on: no network, no thread storms, poisoned memory, and a plain word about the kernel."""
 
+import faulthandler
 import os
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 
@@ -35,7 +37,8 @@ hypothesis.settings.register_profile("default", max_examples=25, derandomize=Tru
 hypothesis.settings.register_profile(
     "nightly", max_examples=10_000, derandomize=False, deadline=None, print_blob=True, database=None
 )
-hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+_PROFILE = os.environ.get("HYPOTHESIS_PROFILE", "default")
+hypothesis.settings.load_profile(_PROFILE)
 
 _KERNEL = ("ktmoe", "kernel")  # the user property that marks reports of kernel tests
 
@@ -44,11 +47,22 @@ def pytest_unconfigure():
     shutil.rmtree(_CACHE, ignore_errors=True)
 
 
+def pytest_collection_modifyitems(items):
+    """10,000 examples take longer than any other test may."""
+    for item in items:
+        if _PROFILE == "nightly" and hypothesis.is_hypothesis_test(getattr(item, "function", None)):
+            item.add_marker(pytest.mark.timeout(12 * 3600))
+
+
 def _needs_kernel(item):
     return item.get_closest_marker("kernel") is not None or "kernel" in getattr(item, "fixturenames", ())
 
 
 def pytest_runtest_setup(item):
+    # pytest's watchdog knows one time for all tests, and would end the run within one that may take longer.
+    mark = item.get_closest_marker("timeout")
+    if mark and mark.args[0] > item.config.getini("faulthandler_timeout"):
+        faulthandler.dump_traceback_later(mark.args[0] + 60, exit=True, file=sys.__stderr__)
     if _needs_kernel(item):
         item.user_properties.append(_KERNEL)
         if not kernel_backend.available():

@@ -1,6 +1,12 @@
 """Shared by the tests: the backends under test, layers to run them on, and how close is close."""
 
 import functools
+import multiprocessing
+import os
+import sys
+import tempfile
+import textwrap
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +23,9 @@ BACKENDS = [
     pytest.param(b, marks=[pytest.mark.kernel] if b in KERNELS else []) for b in ("reference", "torch", *KERNELS)
 ]
 KERNEL_BACKENDS = [pytest.param(b, marks=[pytest.mark.kernel]) for b in KERNELS]
+# Starts children that have imported everything and started nothing: a Python of its own takes seconds for that.
+FORKSERVER = multiprocessing.get_context("forkserver")
+FORKSERVER.set_forkserver_preload(["guards", "helpers"])
 SMALL = MoEShape(num_experts=4, hidden_size=64, intermediate_size=64, top_k=2, rank=4)
 
 
@@ -24,7 +33,7 @@ SMALL = MoEShape(num_experts=4, hidden_size=64, intermediate_size=64, top_k=2, r
 def loaded(name, shape, seed=0, max_len=256, tokens=24):
     """A backend loaded with a drawn case, and the case."""
     case = contract.draw_case(shape, tokens, seed)
-    decided = plan(KTConfig(kt_backend=name, kt_max_len=max_len, kt_num_threads=2), shape)
+    decided = plan(KTConfig(kt_backend=name, kt_max_len=max_len, kt_num_threads=1), shape)
     assert decided.backend == name, decided.note
     return build(decided, case.weights, shape, case.lora.scaling), case
 
@@ -48,7 +57,7 @@ def weights(shape=SMALL, seed=0):
 @functools.cache
 def module(name, shape=SMALL, max_len=256, seed=0):
     """A `MoEExperts` with non-zero LoRA of its own, r = shape.rank, alpha = 2 r."""
-    config = KTConfig(kt_backend=name, kt_max_len=max_len, kt_num_threads=2)
+    config = KTConfig(kt_backend=name, kt_max_len=max_len, kt_num_threads=1)
     experts = MoEExperts(weights(shape), top_k=shape.top_k, r=shape.rank, lora_alpha=2 * shape.rank, config=config)
     g = torch.Generator().manual_seed(seed)
     for p in experts.parameters():
@@ -73,3 +82,22 @@ def gradients(experts, loss, *leaves):
 def stack(case_weights):
     """The same weights as sequences of E matrices, as checkpoints hold them."""
     return ExpertWeights(*(list(getattr(case_weights, p)) for p in ("gate_proj", "up_proj", "down_proj")))
+
+
+def run_python(code, timeout=120):
+    """Runs code in a process of its own, since what it does may crash or hang. As `subprocess.run` with text."""
+    with tempfile.TemporaryDirectory() as folder:
+        child = FORKSERVER.Process(target=_execute, args=(textwrap.dedent(code), folder))
+        child.start()
+        child.join(timeout)
+        child.kill()
+        child.join()
+        out, err = (open(os.path.join(folder, name)).read() for name in ("stdout", "stderr"))
+        return SimpleNamespace(returncode=child.exitcode, stdout=out, stderr=err)
+
+
+def _execute(code, folder):
+    for fd, name in ((1, "stdout"), (2, "stderr")):
+        os.dup2(os.open(os.path.join(folder, name), os.O_WRONLY | os.O_CREAT), fd)
+    sys.stdout, sys.stderr = (os.fdopen(fd, "w", buffering=1, closefd=False) for fd in (1, 2))
+    exec(compile(code, "<test>", "exec"), {"__name__": "__main__"})

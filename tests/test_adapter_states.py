@@ -44,17 +44,6 @@ def test_exactly_the_asked_layers_get_lora(family, targets, expected, tmp_path):
     assert torch.equal(logits(again), logits(made))
 
 
-def test_a_refused_merge_changes_nothing():
-    made = moved(attach(model(), REFERENCE, lora=lora("experts", "q_proj")))
-    before = logits(made)
-    for merge in (made.merge_and_unload, made.merge_adapter):
-        with pytest.raises(KTError, match="merge"):
-            merge()
-    assert torch.equal(logits(made), before)
-    with made.disable_adapter():
-        assert torch.equal(logits(made), logits(model()))
-
-
 def test_a_refused_attach_changes_nothing():
     m = model()
     before = logits(m)

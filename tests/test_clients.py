@@ -21,7 +21,7 @@ every_backend = pytest.mark.parametrize("name", BACKENDS)
 
 def fresh(name, seed=0):
     """A module that a test may change, with the LoRA of `module(name, seed=seed)`."""
-    config = KTConfig(kt_backend=name, kt_max_len=256, kt_num_threads=2)
+    config = KTConfig(kt_backend=name, kt_max_len=256, kt_num_threads=1)
     experts = MoEExperts(weights(), top_k=SMALL.top_k, r=SMALL.rank, lora_alpha=2 * SMALL.rank, config=config)
     g = torch.Generator().manual_seed(seed)
     for p in experts.parameters():
@@ -278,7 +278,7 @@ def test_copies(name, experts, copied):
 
 @pytest.mark.parametrize("name", [BACKENDS[1], KERNEL_BACKENDS[0]])
 def test_copies_of_what_is_not_loaded_yet(name):
-    base = MoEExperts(weights(), top_k=2, config=KTConfig(kt_backend=name, kt_max_len=256, kt_num_threads=2))
+    base = MoEExperts(weights(), top_k=2, config=KTConfig(kt_backend=name, kt_max_len=256, kt_num_threads=1))
     other = copy.deepcopy(base)
     x, index, w = call(base)
     assert torch.equal(other(x, index, w), base(x, index, w))

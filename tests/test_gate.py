@@ -1,13 +1,12 @@
 """The two checks before the kernel: what passes, what does not, and that nothing wrong gets through."""
 
 import dataclasses
+import itertools
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
-from helpers import KERNEL_BACKENDS, SMALL, loaded, weights
+from helpers import KERNEL_BACKENDS, SMALL, loaded, run_python, weights
 
 from ktmoe import KernelError, KTConfig, KTError, MoEExperts, certificate, contract, gate
 from ktmoe.backends import plan
@@ -27,7 +26,7 @@ def cache(tmp_path, monkeypatch):
 
 @every_kernel
 def test_the_contract_gate_passes_once_and_leaves_a_certificate(name, cache, monkeypatch):
-    config = KTConfig(kt_backend=name, kt_num_threads=2, kt_max_len=64)
+    config = KTConfig(kt_backend=name, kt_num_threads=1, kt_max_len=64)
     decided = plan(config, SMALL)
     assert gate.ensure_verified(decided, SMALL, config) == decided
     (written,) = cache.glob("*.json")
@@ -42,7 +41,7 @@ def test_the_contract_gate_passes_once_and_leaves_a_certificate(name, cache, mon
     "change", [None, "shape", "_extension_hash", "_cpu_model", "_code_hash", "_host", "torn", "edited", "renamed"]
 )
 def test_a_certificate_for_something_else_is_not_believed(name, cache, monkeypatch, change):
-    config = KTConfig(kt_backend=name, kt_num_threads=2, kt_max_len=64)
+    config = KTConfig(kt_backend=name, kt_num_threads=1, kt_max_len=64)
     decided, shape, ran = plan(config, SMALL), SMALL, []
     monkeypatch.setattr(gate, "_run_gate", lambda *args: ran.append(args) or [])
     gate.ensure_verified(decided, shape, config)
@@ -64,7 +63,7 @@ def test_a_certificate_for_something_else_is_not_believed(name, cache, monkeypat
 
 @every_kernel
 def test_a_full_check_runs_at_every_start(name, cache, monkeypatch):
-    config = KTConfig(kt_backend=name, kt_num_threads=2, kt_max_len=64, kt_verify="full")
+    config = KTConfig(kt_backend=name, kt_num_threads=1, kt_max_len=64, kt_verify="full")
     ran = []
     monkeypatch.setattr(gate, "_run_gate", lambda about, level: ran.append(level) or [])
     dtypes = []
@@ -185,10 +184,14 @@ def test_a_failed_probe_stops_the_load(name, cache, monkeypatch):
 
 def test_threads_stay_within_what_the_process_may_use():
     """A pool that is larger than a container's share waits by spinning on cores that it does not have."""
-    code = "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n"
-    code += "from helpers import SMALL; from ktmoe import KTConfig; from ktmoe.backends import plan\n"
-    code += "print(plan(KTConfig(), SMALL).threads, plan(KTConfig(kt_num_threads=3), SMALL).threads)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    done = run_python("""
+        import os
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+        from helpers import SMALL
+        from ktmoe import KTConfig
+        from ktmoe.backends import plan
+        print(plan(KTConfig(), SMALL).threads, plan(KTConfig(kt_num_threads=3), SMALL).threads)
+    """)
     assert done.stdout == "1 3\n", done.stderr
 
 
@@ -250,3 +253,31 @@ def test_the_input_gradient_is_probed_wherever_backward_weights_are_kept(name, c
     reloaded = layers[3].load(3).reloaded
     assert reloaded == (share == "on" or name == "AMXBF16")
     assert ran == ([True, False, False, True] if share == "on" else [True] * 4)
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 4, 6, 8])
+def test_some_expert_has_more_rows_than_one_block_of_the_kernel(top_k):
+    shape = contract.reduced(dataclasses.replace(SMALL, num_experts=64, top_k=top_k))
+    for level, seed in itertools.product(gate.LEVELS, range(8)):
+        index = contract.draw_case(shape, gate.case_tokens(level, shape), seed).top_k_index
+        assert index[index >= 0].bincount().max() > 32
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, "null", "[]", '{"subject": 1}', "\ud800"])
+def test_a_damaged_certificate_is_not_believed(cache, content):
+    about = certificate.subject(plan(KTConfig(kt_backend="torch"), SMALL), SMALL)
+    certificate.write(about)
+    (written,) = cache.glob("*.json")
+    assert certificate.exists(about)
+    written.write_bytes(content.encode("utf-8", "surrogatepass"))
+    assert not certificate.exists(about)
+
+
+def test_a_cache_that_cannot_be_written_is_no_failure(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("KTMOE_CACHE_DIR", str(tmp_path / "file"))
+    monkeypatch.setattr("ktmoe.backends._said", set())
+    about = certificate.subject(plan(KTConfig(kt_backend="torch"), SMALL), SMALL)
+    with pytest.warns(UserWarning, match="certificate cannot be kept"):
+        certificate.write(about)
+    assert not certificate.exists(about)

@@ -1,19 +1,14 @@
 """Every trap of docs/kernel.md: held with its guard, and noticed by its probe without."""
 
-import multiprocessing
-
 import pytest
 from guards import GUARDS
-from helpers import KERNELS
+from helpers import FORKSERVER, KERNELS
 
 from ktmoe.verify import traps
 from ktmoe.verify.probes import TRAPS
 
 
-# They crash, hang and corrupt: each runs in a child of a process that has imported everything but started nothing.
 HARMLESS = {(20, "AMXInt8")}  # which does not read the expert map when it quantises by itself
-FORKSERVER = multiprocessing.get_context("forkserver")
-FORKSERVER.set_forkserver_preload(["guards"])
 
 
 def test_every_trap_has_a_probe_and_a_guard():

@@ -1,7 +1,5 @@
 """Attaching to real transformers models, and adapters that stock peft reads. Tiny random models, real classes."""
 
-import json
-
 import families
 import peft
 import pytest
@@ -39,22 +37,10 @@ every_family = pytest.mark.parametrize("family", FAMILIES)
 
 
 @every_family
-def test_an_adapter_round_trips_and_stock_peft_reads_it(family, tmp_path, recwarn):
+def test_an_adapter_round_trips_and_stock_peft_reads_it(family, tmp_path):
     trained = moved(attach(model(family), REFERENCE, lora=lora("q_proj", "o_proj", "experts")))
     expected = logits(trained)
     trained.save_pretrained(tmp_path)
-    keys = load_file(tmp_path / "adapter_model.safetensors")
-    names = {"Mixtral": ("w1", "w3", "w2")}.get(family, ("gate_proj", "up_proj", "down_proj"))
-    width = 64 if family == "Qwen3-MoE" else families.I
-    for name in names:
-        (key,) = [
-            k
-            for k in keys
-            if f".2.{'block_sparse_moe' if family == 'Mixtral' else 'mlp'}.experts.3.{name}.lora_B" in k
-        ]
-        assert keys[key].shape == (families.H if name == names[2] else width, 4)
-    targets = json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"]
-    assert set(targets) == {"q_proj", "o_proj", *names}
 
     again = ktmoe.load_adapter(attach(model(family), REFERENCE), tmp_path)
     assert torch.equal(logits(again), expected)
@@ -63,13 +49,8 @@ def test_an_adapter_round_trips_and_stock_peft_reads_it(family, tmp_path, recwar
     assert {n for n, p in again.named_parameters() if p.requires_grad} == {
         n for n, p in trained.named_parameters() if p.requires_grad
     }
-
-    stock_reads = not any("does not read the routed experts" in str(w.message) for w in recwarn)
     if peft.__version__ >= "0.20":
-        assert stock_reads == (family != "Qwen2-MoE")
-    if stock_reads:
-        stock = PeftModel.from_pretrained(model(family), tmp_path)
-        assert relative(logits(stock), expected) < 1e-5
+        assert relative(logits(PeftModel.from_pretrained(model(family), tmp_path)), expected) < 1e-6
 
 
 def test_stock_peft_adapter_is_read(tmp_path):
@@ -91,8 +72,7 @@ def test_all_linear_trains_shared_experts_and_dense_layers_too(family, tmp_path)
     names = [n for n, p in trained.named_parameters() if p.requires_grad]
     assert any("shared_expert" in n for n in names)
     assert any(".mlp.experts.lora_A.default.gate_proj" in n for n in names)
-    with pytest.warns(UserWarning, match="stock peft .* does not read"):
-        trained.save_pretrained(tmp_path)
+    trained.save_pretrained(tmp_path)
     again = ktmoe.load_adapter(attach(model(family), REFERENCE), tmp_path)
     assert torch.equal(logits(again), logits(trained))
 
@@ -228,8 +208,6 @@ def test_a_damaged_adapter_is_refused_whole(tmp_path):
         target = attach(model(), REFERENCE)
         with pytest.raises(KTError, match=message):
             ktmoe.load_adapter(target, tmp_path)
-    with pytest.raises(KTError, match="merge"):
-        attach(model(), REFERENCE, lora=lora("experts")).merge_and_unload()
 
 
 def test_detach_gives_transformers_its_experts_back(tmp_path):

@@ -13,6 +13,7 @@ from ktmoe.backends.reference import ReferenceBackend
 from ktmoe.backends.torch import TorchBackend
 from ktmoe.config import KTConfig
 from ktmoe.interface import Backend
+from ktmoe.packed import PackedLayer, PackedModel
 from ktmoe.types import ExpertWeights, KTError, MoEShape
 from ktmoe.validation import check_shape
 
@@ -54,7 +55,7 @@ def plan(config: KTConfig, shape: MoEShape) -> Plan:
     cannot take.
 
     Raises:
-        KTError: a shape or rank that the named backend cannot take.
+        KTError: a shape or rank that the named backend cannot take, or packed weights of another shape or making.
     """
     check_shape(shape)
     wanted, note = config.kt_backend, ""
@@ -67,22 +68,49 @@ def plan(config: KTConfig, shape: MoEShape) -> Plan:
     if wanted in KERNEL_BACKENDS:
         kernel.check_shape(wanted, shape)
         if not kernel.available():
-            wanted, note = "torch", f"no SFT kernel on this host: {kernel.variant()}"
-    threads = config.kt_num_threads or _usable_cores()
+            unused = ", and kt_weight_path is of no use" if config.kt_weight_path else ""
+            wanted, note = "torch", f"no SFT kernel on this host{unused}: {kernel.variant()}"
+    threads = config.kt_num_threads or usable_cores()
     tp = 1
     if config.kt_tp_enabled and wanted in KERNEL_BACKENDS:
         tp = kernel.valid_tp(wanted, shape, len(kernel.numa_nodes()))
+    if config.kt_weight_path and wanted in KERNEL_BACKENDS:
+        PackedModel(config.kt_weight_path).check(shape, tp, kernel.version())
     return Plan(wanted, threads, tp, config.kt_max_len or 4096, config.kt_share_backward != "off", note)
 
 
-def _usable_cores() -> int:
+def usable_cores() -> int:
     """Physical cores, but no more than this process may use: the kernel's threads wait by spinning."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(psutil.cpu_count(logical=False) or allowed, allowed)
 
 
-def build(plan: Plan, weights: ExpertWeights, shape: MoEShape, scaling: float) -> Backend:
-    """Loads frozen weights into the planned backend. Says once why it is another one than configured."""
+def find_packed(plan: Plan, weights: ExpertWeights, config: KTConfig) -> PackedLayer | None:
+    """These weights in `kt_weight_path`, if it is given and the plan can load them from there.
+
+    Raises:
+        KTError: other weights were packed there.
+    """
+    if config.kt_weight_path is None or plan.backend != "AMXInt8":
+        return None
+    return PackedModel(config.kt_weight_path).find(weights)
+
+
+def build(
+    plan: Plan, weights: ExpertWeights, shape: MoEShape, scaling: float, packed: PackedLayer | None = None
+) -> Backend:
+    """Loads frozen weights into the planned backend. Says once why it is another one than configured.
+
+    Args:
+        plan: from `plan`.
+        weights: of the layer.
+        shape: what to build for.
+        scaling: alpha / r of the LoRA that is usual.
+        packed: the same weights on disk, for AMXInt8.
+
+    Raises:
+        KTError: what is on disk is damaged.
+    """
     if plan.note:
         say_once(f"ktmoe: the routed experts run on the {plan.backend} backend ({plan.note}).")
     if plan.backend == "reference":
@@ -98,6 +126,7 @@ def build(plan: Plan, weights: ExpertWeights, shape: MoEShape, scaling: float) -
         tp=plan.tp,
         max_len=plan.max_len,
         share_backward=plan.share_backward,
+        packed=packed,
     )
 
 

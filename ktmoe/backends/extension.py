@@ -17,7 +17,8 @@ from typing import Any, ClassVar
 from ktmoe.types import KTError
 
 
-def _version() -> str:
+def version() -> str:
+    """The installed kt-kernel's, "" without one."""
     try:
         return importlib.metadata.version("kt-kernel")
     except importlib.metadata.PackageNotFoundError:
@@ -26,7 +27,7 @@ def _version() -> str:
 
 # K29: a task's arguments are a C++ object of some 100 bytes that the extension makes for every task and never frees.
 # Only the version that this was measured on: were they freed in another one, freeing them twice would crash.
-_TASKS_LEAK = _version() == "0.7.2"
+_TASKS_LEAK = version() == "0.7.2"
 _free = ctypes.CDLL(None).free
 _free.argtypes, _free.restype = [ctypes.c_void_p], None
 CLASSES = {"AMXBF16": "AMXBF16_SFT_MOE", "AMXInt8": "AMXInt8_SFT_MOE"}

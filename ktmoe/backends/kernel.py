@@ -1,4 +1,4 @@
-"""kt_kernel's SFT operators as a backend: the only module that knows their traps.
+"""kt_kernel's SFT operators as a backend: the module that knows their traps.
 
 The extension takes raw pointers and checks nothing. Facts about it were measured on kt-kernel 0.7.2 (`docs/kernel.md`
 lists the traps K1 to K29 by number; the numbers in the comments here refer to that list).
@@ -11,34 +11,37 @@ import itertools
 import os
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from ktmoe_reference import LORA_NAMES
 from torch import Tensor
 
-from ktmoe.backends.extension import CLASSES, Host, available, extension_path, numa_nodes, quiet, variant
+from ktmoe.backends.extension import Host, available, extension_path, numa_nodes, quiet, variant, version
+from ktmoe.backends.objects import KernelObject, contiguous, create
+from ktmoe.backends.staging import staging
 from ktmoe.backends.torch import TorchBackend
 from ktmoe.interface import STATELESS, Backend
+from ktmoe.packed import PackedLayer
 from ktmoe.types import PROJECTIONS, ExpertWeights, Gradients, Inputs, KTError, MoEShape
 
 
-__all__ = ["KernelBackend", "available", "check_shape", "extension_path", "numa_nodes", "valid_tp", "variant"]
+__all__ = [
+    "KernelBackend",
+    "available",
+    "check_shape",
+    "extension_path",
+    "numa_nodes",
+    "valid_tp",
+    "variant",
+    "version",
+]
 
 _GRANULE = {"AMXBF16": 32, "AMXInt8": 64}  # K2: H and I / TP must be multiples
 _MAX_RANK = 128  # the largest rank ever checked against a reference
 _MAX_TP = 4  # K17: the merge of five and more parts sums only the first four
-_LAYER_IDS = itertools.count(1)  # K10: the extension's owner check is global to the process
 _TICKETS = itertools.count(STATELESS + 1)
-# The same for every layer. The expert map (K20) and the experts on a GPU (K19) are never set.
-_SETTINGS = {
-    "lora_dropout": 0.0,  # K21: its masks differ between forward and recompute, and apply in evaluation
-    "max_cache_depth": 1,  # K8
-    "share_cache_pool": False,  # K9
-    "authoritative_optimizer_grads": True,  # K12: every gradient is overwritten, inactive experts with zero
-}
 
 
 def valid_tp(kind: str, shape: MoEShape, wanted: int) -> int:
@@ -68,15 +71,18 @@ def check_shape(kind: str, shape: MoEShape) -> None:
         )
 
 
-@dataclass
-class _Packed:
-    """A kernel object with weights in its own buffers, and the LoRA tensors that it points to.
+def check_tp(kind: str, shape: MoEShape, tp: int) -> None:
+    """Refuses a number of parts on which the extension crashes or is wrong.
 
-    K11: gate_A and up_A are read live at every call, so the tensors live as long as the object.
+    Raises:
+        KTError: says which numbers fit.
     """
-
-    moe: Any
-    lora: list[Tensor]
+    fits = [t for t in range(1, _MAX_TP + 1) if valid_tp(kind, shape, t) == t]
+    if tp not in fits:
+        raise KTError(
+            f"tensor parallelism: got {tp} parts; I = {shape.intermediate_size} divides into "
+            f"{', '.join(map(str, fits))} for {kind}."
+        )
 
 
 class KernelBackend(Backend):
@@ -101,11 +107,12 @@ class KernelBackend(Backend):
         tp: int = 1,
         max_len: int = 4096,
         share_backward: bool = True,
+        packed: PackedLayer | None = None,
     ) -> None:
-        """Packs the weights.
+        """Packs the weights, or loads them packed.
 
         Args:
-            kind: AMXBF16, or AMXInt8 (quantised from the bf16 weights here).
+            kind: AMXBF16, or AMXInt8 (quantised from the bf16 weights here, or loaded quantised).
             weights: stays the source of the exact recompute of tokens that the kernel cannot do.
             shape: what to build for.
             scaling: alpha / r of the LoRA that is usual; a call with another one is rescaled.
@@ -113,39 +120,43 @@ class KernelBackend(Backend):
             tp: parts of the intermediate dimension, each in a pool of its own.
             max_len: tokens per kernel call, rounded up to 32; longer calls run in chunks (K1).
             share_backward: one repacked weight buffer for all layers instead of one each.
+            packed: these weights as AMXInt8 on disk. A backward copy of the layer's own is still made from `weights`.
 
         Raises:
-            KTError: no SFT classes on this host, or a shape that they cannot take.
+            KTError: no SFT classes on this host, a shape that they cannot take, or packed weights that are damaged or
+                of another layer.
         """
         check_shape(kind, shape)
-        if valid_tp(kind, shape, tp) != tp:
-            raise KTError(f"tensor parallelism: {tp} parts do not divide I = {shape.intermediate_size} for {kind}.")
+        check_tp(kind, shape, tp)
+        if packed is not None:
+            assert kind == "AMXInt8"
+            packed.check(shape, tp, version())
         self.name, self.shape, self.weights, self.scaling = kind, shape, weights, scaling
         self.max_len = -(-max_len // 32) * 32
         self._host = Host.get(threads, tp)
         self._exact = TorchBackend(weights, shape, torch.float32)
         self._cached = STATELESS  # the ticket whose activations the kernel holds
-        packed = self._pack(share_backward)
-        self._moe, self._lora = packed.moe, packed.lora
+        self._disk = packed
+        made = self._pack(share_backward)
+        self._moe, self._lora = made.moe, made.lora
         # K22: also when nobody calls `close`. INT8 with a backward copy of its own is the one that cannot be reloaded.
         idle = self._host.idle[self._key(share_backward)] if share_backward or kind == "AMXBF16" else []
-        self._release = weakref.finalize(self, idle.append, packed)
+        self._release = weakref.finalize(self, idle.append, made)
         self._release.atexit = False
 
     def _key(self, share_backward: bool) -> tuple[Any, ...]:
-        return self.name, self.shape, self.scaling, self.max_len, share_backward
+        return self.name, self.shape, self.scaling, self.max_len, share_backward, self._disk is not None
 
-    def _pack(self, share_backward: bool) -> _Packed:
+    def _pack(self, share_backward: bool) -> KernelObject:
         """Loads the weights into a kernel object: that of a layer that is gone, or a new one."""
-        # The packed buffers are copies, so the contiguous bf16 form of the source lives only until load_weights ends.
-        source = {p: _contiguous(getattr(self.weights, p)) for p in PROJECTIONS}
-        pointers = {p: t.data_ptr() for p, t in source.items()}
         idle = self._host.idle[self._key(share_backward)]
-        with self._host.lock, quiet():
-            packed = idle[-1] if idle else self._create(share_backward, pointers)
+        with self._host.lock, ExitStack() as held:
+            sources = self._sources(share_backward, held)
+            held.enter_context(quiet())
+            packed = idle[-1] if idle else self._create(share_backward, sources)
             self.reloaded = bool(idle)
-            if self.reloaded:
-                packed.moe.set_base_weight_pointers(*pointers.values())
+            if self.reloaded and self._disk is None:
+                packed.moe.set_base_weight_pointers(*(sources[p] for p in PROJECTIONS))
             self._host.run(packed.moe.load_weights_task())
             if self.reloaded:
                 idle.pop()
@@ -153,20 +164,25 @@ class KernelBackend(Backend):
                     self._take_backward_buffer_over()
         return packed
 
-    def _create(self, share_backward: bool, pointers: dict[str, int]) -> _Packed:
-        extension, s = self._host.extension, self.shape
-        lora = [torch.zeros(size, dtype=torch.bfloat16) for size in s.lora_shapes().values()]
-        c = extension.moe.MOESFTConfig(s.num_experts, s.top_k, s.hidden_size, s.intermediate_size)
-        c.layer_idx = next(_LAYER_IDS)
-        c.pool = self._host.infer.backend_
-        c.max_len = self.max_len
-        c.lora_rank = s.rank
-        c.lora_alpha = float(self.scaling * s.rank)
-        c.share_backward_bb = share_backward
-        fields = dict(zip(_LORA_FIELDS, (t.data_ptr() for t in lora), strict=True))
-        for name, value in (_SETTINGS | pointers | fields).items():
-            setattr(c, name, value)
-        return _Packed(getattr(extension.moe, CLASSES[self.name])(c), lora)
+    def _sources(self, share_backward: bool, held: ExitStack) -> dict[str, Any]:
+        """What the kernel loads from: settings that point to memory of one layer, which lives as long as `held`.
+
+        The kernel's own buffers are copies of it.
+        """
+        sources: dict[str, Any] = {}
+        if self._disk is not None:
+            d, tp = self._disk, self._host.tp
+            stage = staging(d.num_experts, d.hidden_size, d.intermediate_size, tp, d.size)
+            held.enter_context(stage.holding(d))
+            sources |= stage.pointers(d)
+        if self._disk is None or not share_backward:  # a backward copy of its own is quantised from the transpose
+            tensors = {p: contiguous(getattr(self.weights, p)) for p in PROJECTIONS}
+            held.callback(tensors.clear)
+            sources |= {p: t.data_ptr() for p, t in tensors.items()}
+        return sources
+
+    def _create(self, share_backward: bool, sources: dict[str, Any]) -> KernelObject:
+        return create(self.name, self._host, self.shape, self.max_len, self.scaling, share_backward, sources)
 
     def forward(self, inputs: Inputs, *, save: bool) -> tuple[Tensor, int]:
         """See `Backend.forward`."""
@@ -242,7 +258,10 @@ class KernelBackend(Backend):
             )
         with self._host.lock:  # the task queue takes one caller at a time (K26), and the cache belongs to one call
             if self._moe is None:
-                raise KTError("This backend was closed.")
+                raise KTError(
+                    "These experts were closed, or their model detached, and cannot compute any more. Run every "
+                    "backward before that."
+                )
             yield
 
     def _refresh(self, inputs: Inputs) -> None:
@@ -333,13 +352,3 @@ def _smallest_layer(kind: str, host: Host) -> KernelBackend:
     gate_up = torch.ones(1, i, 64, dtype=torch.bfloat16)
     weights = ExpertWeights(gate_up, gate_up, gate_up.mT.contiguous())
     return KernelBackend(kind, weights, MoEShape(1, 64, i, 1, 1), threads=host.threads, tp=host.tp, max_len=32)
-
-
-_LORA_FIELDS = ("gate_lora_a", "gate_lora_b", "up_lora_a", "up_lora_b", "down_lora_a", "down_lora_b")
-
-
-def _contiguous(stack: Any) -> Tensor:
-    """[E, ...] bf16, contiguous (K3, K25): the held tensor itself where it is that already."""
-    if isinstance(stack, Tensor):
-        return stack.detach().to("cpu", torch.bfloat16).resolve_neg().contiguous()
-    return torch.stack([w.detach().to("cpu", torch.bfloat16).resolve_neg() for w in stack])

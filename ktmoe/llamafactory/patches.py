@@ -323,13 +323,14 @@ def _init_adapter(original: Any) -> Any:
 
 @contextlib.contextmanager
 def _adapter_functions() -> Iterator[None]:
-    """Within it, LLaMA-Factory makes and loads adapters by ktmoe, and `lora_target: all` means the experts too."""
+    """Within it, LLaMA-Factory makes and loads adapters by ktmoe; `lora_target: all` is the experts too, no router."""
     from llamafactory.model import adapter
 
     find = adapter.find_all_linear_modules
 
     def find_all_linear_modules(model: Any, *args: Any) -> list[str]:
-        return [*find(model, *args), adapters.EXPERTS_TARGET]
+        chosen_by = {name.rpartition(".")[2] for name in adapters.routers(model)}
+        return [*(name for name in find(model, *args) if name not in chosen_by), adapters.EXPERTS_TARGET]
 
     class PeftModel(adapter.PeftModel):
         from_pretrained = staticmethod(adapters.load_adapter)

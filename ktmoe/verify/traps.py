@@ -6,6 +6,7 @@ The probes run in a process of their own. One that dies of a signal is reported 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import subprocess
@@ -22,6 +23,7 @@ from ktmoe.verify import results
 from ktmoe.verify.probes import TRAPS
 
 
+_START = 300  # seconds for a process to import everything
 _TIMEOUT = 300  # seconds for one probe; each takes about a tenth of one
 
 
@@ -38,7 +40,9 @@ def run(name: str) -> Iterator[tuple[int, list[str]]]:
             tempfile.TemporaryFile("w+") as stderr,
             subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True) as child,
         ):
-            for line in _lines(child):
+            lines = _lines(child)
+            next(lines, None)  # it has started
+            for line in lines:
                 yield todo.pop(0), json.loads(line)
             if todo:  # it ended in the middle of a probe
                 stderr.seek(0)
@@ -50,8 +54,8 @@ def run(name: str) -> Iterator[tuple[int, list[str]]]:
 def _lines(child: subprocess.Popen[str]) -> Iterator[str]:
     """What a child prints. What hangs in the kernel holds the GIL, so its parent has to end it."""
     assert child.stdout is not None
-    while True:
-        timer = threading.Timer(_TIMEOUT, child.kill)
+    for seconds in itertools.chain([_START], itertools.repeat(_TIMEOUT)):
+        timer = threading.Timer(seconds, child.kill)
         timer.start()
         line = child.stdout.readline()
         timer.cancel()
@@ -64,6 +68,7 @@ def _lines(child: subprocess.Popen[str]) -> Iterator[str]:
 def _child(name: str, numbers: list[int]) -> None:
     with os.fdopen(os.dup(1), "w") as answers, open(os.devnull, "w") as devnull:
         os.dup2(devnull.fileno(), 1)  # the extension prints to stdout
+        print("started", file=answers, flush=True)
         for number in numbers:
             try:
                 problems = TRAPS[number].probe(name)

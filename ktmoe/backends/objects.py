@@ -1,0 +1,77 @@
+"""Objects of the extension: how each one is set up, and the tensors that it points to."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ktmoe.backends.extension import CLASSES, Host
+from ktmoe.types import MoEShape
+
+
+_LAYER_IDS = itertools.count(1)  # K10: the extension's owner check is global to the process
+# The same for every object. The expert map (K20) and the experts on a GPU (K19) are never set.
+_SETTINGS = {
+    "lora_dropout": 0.0,  # K21: its masks differ between forward and recompute, and apply in evaluation
+    "max_cache_depth": 1,  # K8
+    "share_cache_pool": False,  # K9
+    "authoritative_optimizer_grads": True,  # K12: every gradient is overwritten, inactive experts with zero
+}
+_LORA_FIELDS = ("gate_lora_a", "gate_lora_b", "up_lora_a", "up_lora_b", "down_lora_a", "down_lora_b")
+
+
+@dataclass
+class KernelObject:
+    """A kernel object with weights in its own buffers, and the LoRA tensors that it points to.
+
+    K11: gate_A and up_A are read live at every call, so the tensors live as long as the object.
+    """
+
+    moe: Any
+    lora: list[Tensor]
+
+
+def create(
+    kind: str,
+    host: Host,
+    shape: MoEShape,
+    max_len: int,
+    scaling: float,
+    share_backward: bool,
+    sources: dict[str, Any],
+) -> KernelObject:
+    """A kernel object with nothing loaded. The caller holds the host's lock.
+
+    Args:
+        kind: AMXBF16 or AMXInt8.
+        host: whose threads it computes with.
+        shape: what to build for.
+        max_len: tokens per call, a multiple of 32.
+        scaling: alpha / r.
+        share_backward: one repacked weight buffer for all layers instead of one each.
+        sources: settings that say where its weights come from, or go to.
+    """
+    lora = [torch.zeros(size, dtype=torch.bfloat16) for size in shape.lora_shapes().values()]
+    moe = host.extension.moe
+    c = moe.MOESFTConfig(shape.num_experts, shape.top_k, shape.hidden_size, shape.intermediate_size)
+    c.layer_idx = next(_LAYER_IDS)
+    c.pool = host.infer.backend_
+    c.max_len = max_len
+    c.lora_rank = shape.rank
+    c.lora_alpha = float(scaling * shape.rank)
+    c.share_backward_bb = share_backward
+    fields = dict(zip(_LORA_FIELDS, (t.data_ptr() for t in lora), strict=True))
+    for name, value in (_SETTINGS | sources | fields).items():
+        setattr(c, name, value)
+    return KernelObject(getattr(moe, CLASSES[kind])(c), lora)
+
+
+def contiguous(stack: Any) -> Tensor:
+    """[E, ...] bf16, contiguous (K3, K25): the held tensor itself where it is that already."""
+    if isinstance(stack, Tensor):
+        return stack.detach().to("cpu", torch.bfloat16).resolve_neg().contiguous()
+    return torch.stack([w.detach().to("cpu", torch.bfloat16).resolve_neg() for w in stack])
