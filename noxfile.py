@@ -51,6 +51,11 @@ CONTRACT = [
     )
 ]
 
+TRAINING = [
+    f"tests/test_{name}.py"
+    for name in ("llamafactory", "llamafactory_errors", "llamafactory_keys", "dpo", "trainers", "clients")
+]
+
 
 def install_tested_set(session: nox.Session, *extra: str) -> None:
     """Installs the versions that ktmoe was tested with, then ktmoe itself, editable.
@@ -104,6 +109,13 @@ def accuracy(session: nox.Session) -> None:
         env={**ENV, "PYTHONPATH": "tests"},
         success_codes=[0, 3] if _allowance(session) else [0],
     )
+
+
+@nox.session
+def training(session: nox.Session) -> None:
+    """Everything about trainers, the long runs too: 20-step curves of every backend, 200 DPO steps without growth."""
+    install_tested_set(session, "tests")
+    session.run("python", "-m", "pytest", "-m", "slow or not slow", *TRAINING, *session.posargs, env=ENV)
 
 
 @nox.session

@@ -83,7 +83,11 @@ def chat(ctx: typer.Context) -> None:
 
 @app.command(**_FORWARD)
 def export(ctx: typer.Context) -> None:
-    """Merge an adapter by stock LLaMA-Factory, without use_kt: its arguments. It is refused if LoRA would be lost."""
+    """Merge an adapter into a model: LLaMA-Factory's arguments (model, adapter, export_dir, template) plus use_kt.
+
+    With use_kt: true, from file to file, as `ktmoe merge`. Without, by stock LLaMA-Factory in memory; that is refused
+    where LoRA of the routed experts would be lost.
+    """
     from ktmoe.llamafactory import main as llamafactory
 
     run(lambda: llamafactory(ctx.args, "export"))

@@ -76,6 +76,9 @@ class Workspace:
     """A model, datasets and a configuration. Every run goes to a folder of its own, with other keys."""
 
     def __init__(self, root, steps=6):
+        from ktmoe.llamafactory import install
+
+        install()
         self.root, self.model = root, root / "model"
         save_model(self.model)
         outputs = [f"cat {i} on mat {i * i}" for i in range(12)]
@@ -129,9 +132,6 @@ class Workspace:
 
     def run(self, name, **keys):
         """Trains in this process. Returns the losses by step."""
-        from ktmoe.llamafactory import install
-
-        install()
         from llamafactory.train.tuner import run_exp
 
         with contextlib.redirect_stderr(io.StringIO()):

@@ -134,21 +134,24 @@ def test_chat_in_the_terminal(workspace, trained):
     assert "ktmoe: routed experts on torch" in done.stdout
 
 
-def test_export_without_use_kt_keeps_expert_lora(workspace):
-    """Stock LLaMA-Factory merges; the merged model's logits are those of the adapter on ktmoe."""
+def test_export(workspace):
+    """By either way, the merged model's logits are those of the adapter on ktmoe."""
     from llamafactory.train.tuner import export_model
 
-    workspace.run("exported", learning_rate=1e-2, model_name_or_path=str(workspace.fp32()), bf16=False)
-    one = str(workspace.root / "exported")
-    out = workspace.root / "merged"
-    keys = {"model_name_or_path": str(workspace.fp32()), "adapter_name_or_path": one, "template": "default"}
-    export_model({**keys, "export_dir": str(out), "infer_dtype": "float32"})
+    model, one = workspace.fp32(), str(workspace.root / "exported")
+    workspace.run("exported", learning_rate=1e-2, model_name_or_path=str(model), bf16=False)
+    keys = {"model_name_or_path": str(model), "adapter_name_or_path": one, "template": "default"}
+    base = ktmoe.load_model(model, ktmoe.KTConfig(kt_backend="reference"))
     ids = torch.arange(2, 34).unsqueeze(0)
-    base = ktmoe.load_model(workspace.fp32(), ktmoe.KTConfig(kt_backend="reference"))
     plain = base(ids).logits
     ours = ktmoe.load_adapter(base, one)(ids).logits
-    torch.testing.assert_close(Qwen3MoeForCausalLM.from_pretrained(out)(ids).logits, ours, rtol=1e-3, atol=1e-3)
     assert (ours - plain).abs().max() > 0.1
+    for name, more in (("stock", {"infer_dtype": "float32"}), ("kt", {"use_kt": True, "kt_backend": "reference"})):
+        out = workspace.root / f"merged-{name}"
+        export_model({**keys, "export_dir": str(out), **more})
+        merged = Qwen3MoeForCausalLM.from_pretrained(out)(ids).logits
+        torch.testing.assert_close(merged, ours, rtol=1e-3, atol=1e-3)
+        assert {"Modelfile", "tokenizer.json"} <= {p.name for p in out.iterdir()}
 
 
 def test_stock_peft_that_would_drop_expert_lora_is_refused(workspace, tmp_path):
@@ -344,6 +347,7 @@ class Memory(TrainerCallback):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("backend", ["torch", pytest.param("AMXBF16", marks=pytest.mark.kernel)])
 def test_dpo_with_checkpointing_does_not_grow(workspace, backend):
     from llamafactory.train.tuner import run_exp

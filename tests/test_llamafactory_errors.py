@@ -415,7 +415,16 @@ def test_chat_and_export(train, model):
     assert "infer_backend: got 'vllm'" in refused(train, command="chat", infer_backend="vllm")
     assert "stage: got 'rm'" in refused(train, command="chat", stage="rm")
     assert "quantization_bit: got 4" in refused(train, command="chat", quantization_bit=4)
-    assert "ktmoe merge" in refused(train, command="export", export_dir="out")
+    one = model.parent / "one"
+    LoraConfig(r=2).save_pretrained(one)
+    merge = dict(command="export", export_dir=str(model.parent / "merged"), adapter_name_or_path=str(one))
+    for key, value in (
+        ("export_size", 2), ("export_hub_model_id", "me/it"), ("resize_vocab", True),
+        ("infer_dtype", "float16"), ("model_revision", "v2"), ("export_legacy_format", True),
+    ):  # fmt: skip
+        assert refused(train, **merge | {key: value}).startswith(f"{key}: got {value!r}; with use_kt, ")
+    assert "export_dir: not given" in refused(train, **merge | {"export_dir": None})
+    assert "nothing to merge" in refused(train, **merge | {"adapter_name_or_path": None})
     done = CliRunner().invoke(app, ["eval", "x.yaml"])
     assert done.exit_code == 2
     assert "do_eval: true" in done.stderr

@@ -15,6 +15,7 @@ from ktmoe.checkpoint import Checkpoint
 from ktmoe.llamafactory import checkpoints, keys, preflight
 from ktmoe.llamafactory.arguments import extend, kt_config
 from ktmoe.llamafactory.audio import torchaudio_stand_in
+from ktmoe.llamafactory.export import export
 from ktmoe.loading import forget_fp8, stream, without_experts
 from ktmoe.models import moe_layers, summary, unwrapped_layers
 from ktmoe.native import native_class, native_config
@@ -227,12 +228,11 @@ def _export_model(original: Any) -> Any:
         from llamafactory.hparams import parser
 
         args = parser.read_args(args)
-        if keys.uses_kt(args):
-            raise KTError(
-                "export: LLaMA-Factory merges in memory, where the routed experts are not. Write "
-                "`ktmoe merge MODEL ADAPTER OUT`: it merges file by file."
-            )
-        original(args)
+        if not keys.uses_kt(args):
+            original(args)
+            return
+        model_args, data_args, _, _ = parser.get_infer_args(args)
+        _logger().info_rank0(f"ktmoe: {export(model_args, data_args)}")
 
     return export_model
 
