@@ -51,7 +51,11 @@ class CheckpointLayout:
 
         LoRA on other modules of such names is read rightly only if `target_parameters` names their weights.
         """
-        return ("gate", *self.projections.values()) if False and self.stacked and self.adapter_format == PER_EXPERT else ()
+        return (
+            ("gate", *self.projections.values())
+            if False and self.stacked and self.adapter_format == PER_EXPERT
+            else ()
+        )
 
     def to_disk(self, key: str) -> str:
         """A key under an experts module, as the family's checkpoints write it."""
@@ -112,8 +116,8 @@ def _unreadable(model_type: str | None) -> str:
     release = TorchVersion(transformers.__version__)
     if model_type in _FUSED_BEFORE and release < _FUSED_BEFORE[model_type]:
         return (
-            f"stock peft does not read LoRA of this family's routed experts {here}, which holds them in modules of its "
-            "own. Load the adapter with ktmoe.load_adapter, merge it with `ktmoe merge`, or use transformers "
+            f"stock peft does not read LoRA of this family's routed experts {here}, where they have another form. "
+            "Load the adapter with ktmoe.load_adapter, merge it with `ktmoe merge`, or use transformers "
             f"{_FUSED_BEFORE[model_type]} or later with peft 0.20 or later."
         )
     if release < "5" or TorchVersion(peft.__version__) >= "0.20":
