@@ -35,6 +35,10 @@ class GraniteExperts(nn.Module):
         self.act_fn = block.activation
         self.stock = (block.input_linear, block.output_linear)  # no submodules
 
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """Never called: another module takes this one's place."""
+        raise NotImplementedError
+
 
 class _Unified:
     """What a unified block does differently; mixed into the block's class."""
@@ -57,7 +61,8 @@ def unify(model: nn.Module) -> list[nn.Module]:
     for block in blocks:
         block.experts = GraniteExperts(block)
         del block.input_linear, block.output_linear
-        block.__class__ = _unified_class(type(block))
+        kind: Any = type(block)
+        block.__class__ = _unified_class(kind)
     return blocks
 
 
