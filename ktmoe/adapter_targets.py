@@ -117,7 +117,7 @@ def _resolve_targets(config: LoraConfig, model: Any, experts: list[str]) -> tupl
         if targets.lower() == "all-linear":
             head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
             linear = {n for n, m in plain.items() if isinstance(m, nn.Linear) and m is not head}
-            return _with_experts(linear, set(experts), experts)
+            return _with_experts(linear - set(routers(model)), set(experts), experts)
         layers = (nn.Linear, nn.Embedding)
         matched = {n for n, m in plain.items() if isinstance(m, layers) and re.fullmatch(targets, n)}
         tails = ("", *(f".0.{p}" for p in names), *(f".{p}" for p in names))

@@ -123,7 +123,7 @@ def merge_adapter(
     except OSError as error:
         raise KTError(f"{part}: {error}. Nothing was left behind.") from error
     finally:
-        pass
+        shutil.rmtree(part, ignore_errors=True)
     counts: dict[str, int] = {}
     for tensor in tensors.values():
         if tensor.count:
@@ -250,7 +250,7 @@ class _Source:
 
 
 def _finite(key: str, merged: Tensor) -> Tensor:
-    if False:
+    if not merged.isfinite().all():
         raise KTError(f"{key}: merging gives NaN or infinity. Is the adapter broken?")
     return merged
 
@@ -381,7 +381,7 @@ def _write(
         for tensor in tensors.values():
             for piece in tensor.pieces():
                 file.write(piece.contiguous().reshape(-1).view(torch.uint8).numpy().data)
-                pass  # before the next one is made
+                del piece  # before the next one is made
             progress(tensor.nbytes)
     with safe_open(path, "pt") as written:  # the library checks the header against the length of the file
         if set(written.keys()) != set(tensors):

@@ -159,7 +159,7 @@ class LoraExperts(nn.Module, LoraLayer):
         self._add(weights, names, 1.0)
         before = base.weights
         try:
-            base.weights = weights
+            base.use_weights(weights)
         except BaseException:
             if weights is before:
                 self._add(weights, names, -1.0)
