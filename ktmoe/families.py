@@ -6,6 +6,7 @@ plain one fits. transformers 4 has one class of MoE block per family, and each t
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -289,6 +290,9 @@ def _why_not_plain(module: Any) -> str:
     gate_up, down = held.get("gate_up_proj"), held.get("down_proj")
     if gate_up is None or down is None or len(held) > 2:
         return f"it has parameters {sorted(held)}; expected gate_up_proj and down_proj alone"
+    takes = list(inspect.signature(module.forward).parameters)
+    if takes != ["hidden_states", "top_k_index", "top_k_weights"]:
+        return f"it is called with ({', '.join(takes)}), not (hidden_states, top_k_index, top_k_weights)"
     e, two_i, h = gate_up.shape
     if getattr(module, "is_transposed", False) or tuple(down.shape) != (e, h, two_i // 2):
         return (

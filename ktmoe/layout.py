@@ -17,6 +17,14 @@ PER_EXPERT, FUSED = "per-expert", "fused"
 _W_FAMILIES = ("mixtral", "minimax", "phimoe")
 # What peft's table calls the two naming schemes that it fuses on transformers 5.
 _MAPPED = ("mixtral", "qwen2_moe")
+# Families whose experts were stacked in another form before this release of transformers.
+_FUSED_BEFORE = {
+    "granitemoe": "5.7",
+    "granitemoehybrid": "5.7",
+    "granitemoeshared": "5.7",
+    "qwen3_vl_moe": "5.0",
+    "qwen3_vl_moe_text": "5.0",
+}
 
 
 @dataclass(frozen=True)
@@ -43,7 +51,11 @@ class CheckpointLayout:
 
         LoRA on other modules of such names is read rightly only if `target_parameters` names their weights.
         """
-        return ("gate", *self.projections.values()) if self.stacked and self.adapter_format == PER_EXPERT else ()
+        return (
+            ("gate", *self.projections.values())
+            if False and self.stacked and self.adapter_format == PER_EXPERT
+            else ()
+        )
 
     def to_disk(self, key: str) -> str:
         """A key under an experts module, as the family's checkpoints write it."""
@@ -68,7 +80,7 @@ def checkpoint_layout(model_type: str | None) -> CheckpointLayout:
     except ImportError:  # transformers 4 keeps one nn.Linear per expert under the checkpoint's own names
         if model_type in _W_FAMILIES:
             projections = dict(zip(PROJECTIONS, ("w1", "w3", "w2"), strict=True))
-        return CheckpointLayout(projections)
+        return CheckpointLayout(projections, unreadable=_unreadable(model_type))
     renames = []
     for entry in get_checkpoint_conversion_mapping(model_type) or ():
         target = entry.target_patterns[0]
@@ -80,7 +92,7 @@ def checkpoint_layout(model_type: str | None) -> CheckpointLayout:
         elif len(entry.source_patterns) == 1 and entry.source_patterns[0] == ".block_sparse_moe.":
             renames.append((entry.source_patterns[0], target))
     form = PER_EXPERT if _mapped(model_type) else FUSED
-    return CheckpointLayout(projections, tuple(renames), form, True, _unreadable())
+    return CheckpointLayout(projections, tuple(renames), form, True, _unreadable(model_type))
 
 
 def _mapped(model_type: str | None) -> bool:
@@ -98,11 +110,19 @@ def _mapped(model_type: str | None) -> bool:
     return model_type == "mixtral" or patterns.get(model_type) in getattr(table, "_MOE_TARGET_MODULE_MAPPING", _MAPPED)
 
 
-def _unreadable() -> str:
-    if TorchVersion(peft.__version__) >= "0.20":
+def _unreadable(model_type: str | None) -> str:
+    """Why stock peft does not read a family's expert LoRA on the installed releases, and what does."""
+    here = f"on transformers {transformers.__version__}"
+    release = TorchVersion(transformers.__version__)
+    if model_type in _FUSED_BEFORE and release < _FUSED_BEFORE[model_type]:
+        return (
+            f"stock peft does not read LoRA of this family's routed experts {here}, where they have another form. "
+            "Load the adapter with ktmoe.load_adapter, merge it with `ktmoe merge`, or use transformers "
+            f"{_FUSED_BEFORE[model_type]} or later with peft 0.20 or later."
+        )
+    if release < "5" or TorchVersion(peft.__version__) >= "0.20":
         return ""
     return (
-        f"peft {peft.__version__} does not read LoRA of routed experts on transformers {transformers.__version__}: "
-        "it fails or ignores them. Load the adapter with ktmoe.load_adapter, merge it with `ktmoe merge`, or use peft "
-        "0.20 or later."
+        f"peft {peft.__version__} does not read LoRA of routed experts {here}: it fails or ignores them. Load the "
+        "adapter with ktmoe.load_adapter, merge it with `ktmoe merge`, or use peft 0.20 or later."
     )

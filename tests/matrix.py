@@ -20,9 +20,17 @@ from pathlib import Path
 from typing import Any
 
 
-LIMITS = {"logits": 1e-5, "gradients": 1e-4, "streamed": 1e-5, "round trip": 0.0, "stock peft": 1e-6}
+LIMITS = {
+    "logits": 1e-5,
+    "gradients": 1e-4,
+    "streamed": 1e-5,
+    "round trip": 0.0,
+    "stock peft": 1e-6,
+    "merged": 1e-5,
+    "merged files": 1e-5,
+}
 SAID = "cannot, said"
-NO_READER = "does not read"  # of the warning with which ktmoe saves what the installed peft has no way to read
+NO_READER = "does not read LoRA of"  # of the warning with which ktmoe saves what the installed peft has no way to read
 
 
 def check(family: str) -> dict[str, Any]:
@@ -36,7 +44,7 @@ def check(family: str) -> dict[str, Any]:
 
     reference = ktmoe.KTConfig(kt_backend="reference")
     lora = LoraConfig(r=4, lora_alpha=8, task_type="CAUSAL_LM", target_modules=["o_proj", "experts"])
-    stock = families.model(family)
+    stock = families.mended(families.model(family))
     stock.config.use_cache = False
     attached = ktmoe.attach(copy.deepcopy(stock), reference)
     row: dict[str, Any] = {"logits": relative(families.logits(attached), families.logits(stock))}
@@ -69,6 +77,10 @@ def check(family: str) -> dict[str, Any]:
         else:
             read = PeftModel.from_pretrained(copy.deepcopy(stock), f"{folder}/adapter")
             row["stock peft"] = relative(families.logits(read), expected)
+
+        ktmoe.merge_adapter(f"{folder}/model", f"{folder}/adapter", f"{folder}/merged")
+        row["merged files"] = relative(families.logits(families.load(family, f"{folder}/merged")), expected)
+        row["merged"] = relative(families.logits(trained.merge_and_unload()), expected)
     return row
 
 
@@ -122,7 +134,7 @@ def table(files: list[Path]) -> int:
                 if not holds(name, row[name]):
                     wrong.append(f"{result['pair']}, {family}: {name} {row[name]}, limit {LIMITS[name]}")
         shown.add_row(result["pair"], str(len(there)), *(_cell(name, cells[name], len(there)) for name in LIMITS))
-    console = Console(width=120)
+    console = Console(width=140)
     console.print(shown)
     console.print(f"limits: {', '.join(f'{name} {limit:g}' for name, limit in LIMITS.items())}")
     for line in wrong:

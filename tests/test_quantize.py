@@ -46,8 +46,9 @@ def layers(shape=SMALL, count=3):
 
 
 def int8(path=None, **options):
+    """One thread: with more, the last bits of the kernel's sums depend on how busy the host is."""
     return KTConfig(
-        **dict(kt_backend="AMXInt8", kt_num_threads=2, kt_max_len=96, kt_weight_path=path and str(path)) | options
+        **dict(kt_backend="AMXInt8", kt_num_threads=1, kt_max_len=96, kt_weight_path=path and str(path)) | options
     )
 
 
@@ -456,7 +457,7 @@ def test_llamafactory_trains_with_it(tmp_path):
     llamafactory = pytest.importorskip("test_llamafactory")
     workspace = llamafactory.Workspace(tmp_path)
     quantize(workspace.model, tmp_path / "packed", threads=2)
-    keys = dict(kt_backend="AMXInt8", kt_num_threads=2, kt_max_len=256)
+    keys = dict(kt_backend="AMXInt8", kt_num_threads=1, kt_max_len=256)
     found, _ = workspace.train("from_disk", kt_weight_path=str(tmp_path / "packed"), **keys)
     assert len(found) == llamafactory.STEPS
     assert found == workspace.train("online", **keys)[0]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import math
+import mmap
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,7 +73,17 @@ def create(
 
 
 def contiguous(stack: Any) -> Tensor:
-    """[E, ...] bf16, contiguous (K3, K25): the held tensor itself where it is that already."""
+    """[E, ...] bf16, contiguous (K3, K25): the held tensor itself where it is that already.
+
+    A copy is a mapping of its own. In malloc's heap the holes that the copies leave between the packed layers add up:
+    a third of the experts' size in BF16, more in INT8.
+    """
     if isinstance(stack, Tensor):
-        return stack.detach().to("cpu", torch.bfloat16).resolve_neg().contiguous()
-    return torch.stack([w.detach().to("cpu", torch.bfloat16).resolve_neg() for w in stack])
+        held = stack.detach()
+        if held.dtype == torch.bfloat16 and held.device.type == "cpu" and held.is_contiguous() and not held.is_neg():
+            return held
+    shape = (len(stack), *stack[0].shape)
+    copy = torch.frombuffer(mmap.mmap(-1, 2 * math.prod(shape)), dtype=torch.bfloat16).view(shape)
+    for e, matrix in enumerate(stack):
+        copy[e].copy_(matrix.detach())
+    return copy
