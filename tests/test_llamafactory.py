@@ -1,6 +1,5 @@
 """`ktmoe train`: real runs of stock LLaMA-Factory on a tiny Qwen3-MoE, as commands and in this process."""
 
-import gc
 import importlib.util
 import json
 import os
@@ -24,6 +23,7 @@ from typer.testing import CliRunner
 import ktmoe
 from ktmoe.cli import app
 from ktmoe.verify.growth import trend
+from ktmoe.verify.usage import measure, steady
 
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("llamafactory") is None, reason="LLaMA-Factory not installed")
@@ -343,15 +343,14 @@ def test_kill_in_mid_save(workspace, trained, where):
 
 
 class Memory(TrainerCallback):
-    """Resident memory after every step of the last three quarters."""
+    """Private memory after every step of the last three quarters."""
 
     def __init__(self):
         self.bytes, self.process = [], psutil.Process()
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step > state.max_steps / 4:
-            gc.collect()
-            self.bytes.append(self.process.memory_info().rss)
+            self.bytes.append(measure(self.process)[2])
 
 
 @pytest.mark.slow
@@ -373,7 +372,8 @@ def test_dpo_with_checkpointing_does_not_grow(workspace, backend):
         logging_steps=1000,
         save_strategy="no",
     )
-    run_exp(workspace.keys(f"long-{backend}", **keys), callbacks=[memory])
+    with steady():
+        run_exp(workspace.keys(f"long-{backend}", **keys), callbacks=[memory])
     line = trend(range(len(memory.bytes)), memory.bytes)
     print(f"{line.growth / 2**20:.3f} MiB over {len(memory.bytes)} steps, surely {line.sure_growth / 2**20:.3f}")
     assert len(memory.bytes) >= 199
