@@ -86,23 +86,24 @@ def test_problems_with_brackets_are_printed_as_they_are(tmp_path, capsys):
 
 @pytest.mark.kernel
 def test_a_probe_that_a_signal_kills_ends_nothing_else(monkeypatch, tmp_path):
-    """The child dies in its first probe, the next one hangs in its second; the rest still runs."""
+    """The child dies in its second probe, the next one hangs in its second; what is between still runs."""
     plant = tmp_path / "sitecustomize.py"
     plant.write_text(
         "import os, time\n"
         "from ktmoe.verify import probes\n"
         f"def die(name): os.kill(os.getpid(), {int(signal.SIGSEGV)})\n"
+        "def hold(name): return []\n"
         "def hang(name): time.sleep(600)\n"
-        "for number, probe in ((2, die), (19, hang)):\n"
+        "for number, probe in ((2, hold), (8, die), (19, hold), (20, hang)):\n"
         "    object.__setattr__(probes.TRAPS[number], 'probe', probe)\n"
     )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=":")
     monkeypatch.setattr(traps, "TRAPS", {n: traps.TRAPS[n] for n in (2, 8, 19, 20)})
     monkeypatch.setattr(traps, "_TIMEOUT", 5)
     found = dict(traps.run("AMXBF16"))
-    assert found[8] == found[20] == []
-    assert "killed by signal 11" in found[2][0]
-    assert "killed by signal 9" in found[19][0]
+    assert found[2] == found[19] == []
+    assert "killed by signal 11" in found[8][0]
+    assert "killed by signal 9" in found[20][0]
 
 
 class Page(HTMLParser):

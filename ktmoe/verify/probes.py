@@ -1,7 +1,7 @@
 """One probe for each of the kernel's traps (docs/kernel.md): small runs that are wrong or crash without ktmoe's guard.
 
 A probe takes the name of a kernel backend and returns what it found wrong, as sentences. `ktmoe.verify.traps` runs
-them in a process of their own; tests/test_kernel_traps.py takes each guard away and expects its probe to notice.
+them in a process of their own; tests/test_guards.py takes each guard away and expects its probe to notice.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from ktmoe.interface import STATELESS
 from ktmoe.quantize import pack
 from ktmoe.types import ExpertWeights, Gradients, KTError, MoEShape
 from ktmoe.validation import make_inputs
+from ktmoe.verify import usage
 
 
 _SHAPE = MoEShape(num_experts=4, hidden_size=64, intermediate_size=64, top_k=2, rank=4)
@@ -312,7 +313,7 @@ def _loads_and_closes(name: str) -> list[str]:
             backend.close()
         del backend
         gc.collect()
-        held.append(process.memory_full_info().uss / 2**20)
+        held.append(usage.measure(process)[2] / 2**20)
     grown = held[-1] - held[2]
     return [] if grown < 6 else [f"six loads after the third grew the process by {grown:.0f} MiB"]
 
@@ -421,6 +422,6 @@ def _many_tasks(name: str) -> list[str]:
     for _ in range(3):
         for _ in range(2500):
             backend.forward(inputs, save=False)  # two tasks
-        held.append(process.memory_full_info().uss)
+        held.append(usage.measure(process)[2])
     grown = (held[-1] - held[0]) / 10_000
     return [] if grown < 20 else [f"memory grew by {grown:.0f} bytes a task"]
