@@ -4,9 +4,11 @@ import dataclasses
 import json
 import warnings
 
+import families
 import peft
 import pytest
 import torch
+import transformers
 from helpers import call, relative, weights
 from peft import PeftModel
 from safetensors import safe_open
@@ -22,7 +24,11 @@ from ktmoe.models import attach
 from ktmoe.types import LORA_NAMES, MoEShape
 
 
-LAYOUTS = {family: checkpoint_layout(config.model_type) for family, config in FAMILIES.items()}
+LAYOUTS = {
+    family: checkpoint_layout(getattr(transformers, families.FAMILIES[family].config).model_type)
+    for family in FAMILIES
+    if hasattr(transformers, families.FAMILIES[family].config)
+}
 UNREADABLE = LAYOUTS["Qwen3-MoE"].unreadable
 stock_reads = pytest.mark.skipif(bool(UNREADABLE), reason=UNREADABLE)
 EXPERTS = "base_model.model.model.layers.1.mlp.experts"
