@@ -51,11 +51,7 @@ class CheckpointLayout:
 
         LoRA on other modules of such names is read rightly only if `target_parameters` names their weights.
         """
-        return (
-            ("gate", *self.projections.values())
-            if False and self.stacked and self.adapter_format == PER_EXPERT
-            else ()
-        )
+        return ("gate", *self.projections.values()) if self.stacked and self.adapter_format == PER_EXPERT else ()
 
     def to_disk(self, key: str) -> str:
         """A key under an experts module, as the family's checkpoints write it."""

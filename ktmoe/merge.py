@@ -300,7 +300,7 @@ def _expert_change(
     e, i, h = _sizes(lora)
     projections = PROJECTIONS[:2] if place.projection == "gate_up_proj" else (place.projection,)
     expected = {"gate_up_proj": (e, 2 * i, h), "down_proj": (e, h, i)}.get(place.projection)
-    turned = place.expert is None and place.transposed and shape != expected
+    turned = place.expert is None and (shape != expected if place.transposed is None else place.transposed)
 
     def change(matrix: Tensor, n: int) -> Tensor:
         n = n if place.expert is None else place.expert

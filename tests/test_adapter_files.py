@@ -113,8 +113,8 @@ def test_the_format_of_families_that_peft_does_not_map(tmp_path):
     sizes = {k.removeprefix(f"{EXPERTS}."): tuple(t.shape) for k, t in tensors.items() if k.startswith(EXPERTS)}
     assert sizes == {
         "base_layer.lora_A.weight": (4 * 8, 64),
-        "base_layer.lora_B.weight": (128, 4 * 8),
-        "lora_A.weight": (4 * 4, 64),
+        "base_layer.lora_B.weight": (2 * families.I, 4 * 8),
+        "lora_A.weight": (4 * 4, families.I),
         "lora_B.weight": (64, 4 * 4),
     }
     assert config["target_modules"] == ["q_proj"]

@@ -15,6 +15,7 @@ def test_every_trap_has_a_probe_and_a_guard():
     assert sorted(TRAPS) == sorted(GUARDS) == list(range(1, 30))
 
 
+@pytest.mark.slow  # this and the next: in `nox -s accuracy`
 @pytest.mark.kernel
 @pytest.mark.parametrize("name", KERNELS)
 def test_every_trap_is_held(name):
@@ -33,6 +34,7 @@ def probe_without_guard(answers, number, name):
         answers.send([f"{type(error).__name__}: {error}"])
 
 
+@pytest.mark.slow
 @pytest.mark.kernel
 @pytest.mark.parametrize(("number", "name"), [(n, k) for n in GUARDS for k in KERNELS if (n, k) not in HARMLESS])
 def test_a_missing_guard_is_noticed(number, name):

@@ -205,7 +205,7 @@ def test_a_merged_checkpoint_is_a_plain_one(family, trained, tmp_path):
     assert relative(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out")), adapted) < 1e-5
     assert done.layers == (2 if "DeepSeek" in family else 3)
     assert done.counts["experts"] == done.layers * 4 * 3
-    assert done.counts["attention"] == 12
+    assert done.counts["attention"] == (15 if family == "DeepSeek-V3" else 12)  # two matrices for its queries
     assert done.counts.get("shared experts", 0) == {"DeepSeek-V2-Lite": 6, "DeepSeek-V3": 6, "Qwen2-MoE": 12}.get(
         family, 0
     )

@@ -421,7 +421,8 @@ def test_another_model_is_refused_and_stays_as_it_was(checkpoint):
 
 def test_fp8_checkpoints_and_layers_that_do_not_start_at_zero(tmp_path):
     """As DeepSeek-V3 is released: the first layer is dense."""
-    model("DeepSeek-V3", dtype=torch.bfloat16).save_pretrained(tmp_path / "model", max_shard_size="100KB")
+    sizes = dict(moe_intermediate_size=64, intermediate_size=96, q_lora_rank=None)  # whole blocks of scales
+    model("DeepSeek-V3", torch.bfloat16, **sizes).save_pretrained(tmp_path / "model", max_shard_size="100KB")
     as_fp8(tmp_path / "model")
     quantize(tmp_path / "model", tmp_path / "packed", threads=2)
     assert sorted(f.name for f in (tmp_path / "packed").glob("_layer_*")) == ["_layer_1", "_layer_2"]
