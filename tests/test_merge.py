@@ -249,7 +249,7 @@ def test_stacked_experts_that_are_turned_on_disk():
     for p, (i, o) in (("gate_proj", (6, 4)), ("up_proj", (6, 4)), ("down_proj", (4, 6))):
         tensors |= {f"{p}.lora_A": torch.randn(3, 2, i, generator=g), f"{p}.lora_B": torch.randn(3, o, 2, generator=g)}
     both = merge.Lora(tensors, 0.5)
-    place = merge.ExpertKey("x", "gate_up_proj", None, transposed=True)
+    place = merge.ExpertKey("x", "gate_up_proj", None, transposed=None)
     for shape, turned in (((3, 6, 8), True), ((3, 8, 6), False)):
         change, kind, count = merge._expert_change(shape, place, both)
         assert (kind, count) == ("experts", 6)
