@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ktmoe.autograd import run_experts
-from ktmoe.backends import Plan, build, find_packed, plan
+from ktmoe.backends import Plan, build, find_packed, plan, say_once
 from ktmoe.config import KTConfig
 from ktmoe.gate import ensure_verified, probe
 from ktmoe.interface import Backend
@@ -134,6 +134,12 @@ class MoEExperts(nn.Module):
             [T, H], dtype and device of `hidden_states`.
         """
         lora = Lora(self.lora, self.scaling) if self.r else None
+        if lora is None and self.training and torch.is_grad_enabled() and hidden_states.requires_grad:
+            say_once(
+                "ktmoe: this model trains, and its routed experts have no LoRA: they stay frozen. peft's own "
+                "functions, and TRL's `peft_config`, do not see them; `ktmoe.get_peft_model`, or `lora=` when "
+                "loading, does."
+            )
         return self.run(hidden_states, top_k_index, top_k_weights, lora)
 
     def run(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, lora: Lora | None) -> Tensor:

@@ -94,6 +94,20 @@ def test_which_targets_reach_the_experts(targets, reached, recwarn):
     assert any("leaves the routed experts without LoRA" in str(w.message) for w in recwarn) == (not reached)
 
 
+@pytest.mark.parametrize("inject", [peft.get_peft_model, get_peft_model])
+def test_experts_that_stock_peft_left_out_are_said_once(inject, monkeypatch, recwarn):
+    monkeypatch.setattr("ktmoe.backends._said", set())
+    trained = inject(attach(model(), REFERENCE), lora("q_proj", "gate_proj", "up_proj", "down_proj"))
+    with torch.no_grad():
+        logits(trained.train())
+    logits(trained.eval())
+    assert not [w for w in recwarn if "have no LoRA" in str(w.message)]
+    for _ in range(2):
+        trained.train()(input_ids=torch.arange(8)[None]).logits.sum().backward()
+    said = [w for w in recwarn if "have no LoRA" in str(w.message)]
+    assert len(said) == (inject is peft.get_peft_model)
+
+
 def test_disable_adapter_second_adapter_and_set_adapter():
     attached = attach(model(), REFERENCE)
     base = logits(attached)
