@@ -134,7 +134,7 @@ class MoEExperts(nn.Module):
             [T, H], dtype and device of `hidden_states`.
         """
         lora = Lora(self.lora, self.scaling) if self.r else None
-        if lora is None and self.training and torch.is_grad_enabled() and hidden_states.requires_grad:
+        if lora is None and self.training and hidden_states.requires_grad:
             say_once(
                 "ktmoe: this model trains, and its routed experts have no LoRA: they stay frozen. peft's own "
                 "functions, and TRL's `peft_config`, do not see them; `ktmoe.get_peft_model`, or `lora=` when "
