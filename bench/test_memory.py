@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
-from ktmoe.backends import kernel
+from ktmoe.backends.kt import kernel
 
 
 LIMITS = {"torch": 0.10, "AMXBF16": 1.15, "AMXInt8": 0.70}

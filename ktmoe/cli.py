@@ -145,7 +145,7 @@ def merge(
 
     Written shard by shard, with one tensor in memory at a time. OUT appears when it is complete, or not at all.
     """
-    from ktmoe.merge import merge_adapter
+    from ktmoe.convert.merge import merge_adapter
 
     run(lambda: typer.echo(str(merge_adapter(model, adapter, out))))
 
@@ -164,7 +164,7 @@ def quantize(
 
     Run it again after it was stopped, or to mend damaged files: layers that are whole are not made again.
     """
-    from ktmoe.quantize import quantize as pack
+    from ktmoe.convert.quantize import quantize as pack
 
     def command() -> None:
         layers = pack(model, out, tp, threads)

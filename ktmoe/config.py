@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from ktmoe.packed import PackedModel
+from ktmoe.checkpoints.packed import PackedModel
 from ktmoe.types import KTError
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ktmoe.autograd import run_experts
 from ktmoe.backends import Plan, build, find_packed, plan, say_once
 from ktmoe.config import KTConfig
-from ktmoe.gate import ensure_verified, probe
+from ktmoe.gate.gate import ensure_verified, probe
 from ktmoe.interface import Backend
 from ktmoe.types import PROJECTIONS, ExpertWeights, KTError, Lora, MoEShape
 from ktmoe.validation import check_call, check_lora, own_settings

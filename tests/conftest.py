@@ -25,7 +25,7 @@ import hypothesis
 import pytest
 import torch
 
-from ktmoe.backends import kernel as kernel_backend
+from ktmoe.backends.kt import kernel as kernel_backend
 
 
 # torch.empty and its relatives, also those called from C++, return NaN (integers: the largest value), so that memory
@@ -73,7 +73,7 @@ def pytest_runtest_setup(item):
 
 @pytest.fixture(scope="session")
 def kernel():
-    """The module `ktmoe.backends.kernel`, on hosts where it can compute; elsewhere the test is skipped."""
+    """The module `ktmoe.backends.kt.kernel`, on hosts where it can compute; elsewhere the test is skipped."""
     return kernel_backend
 
 

@@ -6,11 +6,13 @@ import itertools
 
 import torch
 
-from ktmoe import autograd, contract, experts, packed, validation
-from ktmoe.backends import extension, kernel, objects
-from ktmoe.backends.extension import Host
-from ktmoe.backends.kernel import KernelBackend
+from ktmoe import autograd, experts, validation
+from ktmoe.backends.kt import extension, kernel, objects
+from ktmoe.backends.kt.extension import Host
+from ktmoe.backends.kt.kernel import KernelBackend
+from ktmoe.checkpoints import packed
 from ktmoe.config import KTConfig
+from ktmoe.gate import contract
 from ktmoe.types import Inputs
 from ktmoe.verify import probes
 

@@ -11,10 +11,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from ktmoe import contract
 from ktmoe.backends import build, plan
 from ktmoe.config import KTConfig
 from ktmoe.experts import MoEExperts
+from ktmoe.gate import contract
 from ktmoe.types import ExpertWeights, MoEShape
 
 

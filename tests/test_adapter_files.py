@@ -17,10 +17,13 @@ from test_models import FAMILIES, REFERENCE, logits, lora, model, moved
 from transformers import AutoModelForCausalLM, HunYuanMoEV1Config
 
 import ktmoe
-from ktmoe import KTError, MoEExperts, adapter_files, adapters, fused_lora
-from ktmoe.adapter_targets import routers
-from ktmoe.layout import FUSED, checkpoint_layout
-from ktmoe.models import attach
+from ktmoe import KTError, MoEExperts
+from ktmoe.adapters import files as adapter_files
+from ktmoe.adapters import fused as fused_lora
+from ktmoe.adapters import model as adapters
+from ktmoe.adapters.layout import FUSED, checkpoint_layout
+from ktmoe.adapters.targets import routers
+from ktmoe.models.attaching import attach
 from ktmoe.types import LORA_NAMES, MoEShape
 
 

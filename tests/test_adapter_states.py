@@ -10,9 +10,10 @@ from safetensors.torch import load_file, save_file
 from test_models import REFERENCE, lora, moved
 
 import ktmoe
-from ktmoe import KTConfig, KTError, MoEExperts, gate
-from ktmoe.adapters import get_peft_model
-from ktmoe.models import attach, moe_layers, summary
+from ktmoe import KTConfig, KTError, MoEExperts
+from ktmoe.adapters.model import get_peft_model
+from ktmoe.gate import gate
+from ktmoe.models.attaching import attach, moe_layers, summary
 
 
 def layers_with_lora(made):

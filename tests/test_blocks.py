@@ -18,8 +18,8 @@ from torch import nn
 
 import ktmoe
 from ktmoe import KTConfig, KTError
-from ktmoe.families import ROWS, find
-from ktmoe.models import attach, check_model, detach, expert_shapes, moe_layers, unwrapped_layers
+from ktmoe.models.attaching import attach, check_model, detach, expert_shapes, moe_layers, unwrapped_layers
+from ktmoe.models.families import ROWS, find
 
 
 REFERENCE = KTConfig(kt_backend="reference")

@@ -9,10 +9,10 @@ from helpers import BACKENDS, KERNEL_BACKENDS, SMALL, call, gradients, limits, l
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ktmoe import contract
 from ktmoe.backends import build, plan
-from ktmoe.backends.kernel import KernelBackend
+from ktmoe.backends.kt.kernel import KernelBackend
 from ktmoe.config import KTConfig
+from ktmoe.gate import contract
 from ktmoe.types import MoEShape
 
 

@@ -11,8 +11,8 @@ from helpers import relative
 
 import ktmoe
 from ktmoe import KTConfig, KTError
-from ktmoe.families import expert_modules
-from ktmoe.models import attach, check_model, moe_layers, unwrapped_layers
+from ktmoe.models.attaching import attach, check_model, moe_layers, unwrapped_layers
+from ktmoe.models.families import expert_modules
 
 
 REFERENCE = KTConfig(kt_backend="reference")
@@ -96,7 +96,7 @@ def test_detach_restores_the_model(family):
 def test_a_refused_attach_leaves_the_model_as_it_was(family, monkeypatch):
     made = families.model(family)
     types = {n: type(m) for n, m in made.named_modules()}
-    monkeypatch.setattr("ktmoe.models.plan", lambda *args: (_ for _ in ()).throw(KTError("no")))
+    monkeypatch.setattr("ktmoe.models.attaching.plan", lambda *args: (_ for _ in ()).throw(KTError("no")))
     with pytest.raises(KTError, match=r"^no$"):
         attach(made, REFERENCE, r=4)
     assert {n: type(m) for n, m in made.named_modules()} == types

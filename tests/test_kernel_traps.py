@@ -7,10 +7,11 @@ import pytest
 import torch
 from helpers import KERNEL_BACKENDS, SMALL, call, limits, loaded, module, run_python, weights
 
-from ktmoe import KTConfig, KTError, MoEExperts, contract
-from ktmoe.backends import kernel as kernel_module
+from ktmoe import KTConfig, KTError, MoEExperts
 from ktmoe.backends import plan
-from ktmoe.backends.kernel import KernelBackend, valid_tp
+from ktmoe.backends.kt import kernel as kernel_module
+from ktmoe.backends.kt.kernel import KernelBackend, valid_tp
+from ktmoe.gate import contract
 from ktmoe.types import MoEShape
 
 

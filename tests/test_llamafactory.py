@@ -319,7 +319,7 @@ class Kill(TrainerCallback):
 
 def killed(path, where):
     """In a process of its own: a run that ends in mid-save."""
-    from ktmoe import adapter_files
+    from ktmoe.adapters import files as adapter_files
     from ktmoe.llamafactory import install
 
     install()

@@ -18,9 +18,11 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import ktmoe
-from ktmoe import KernelError, KTConfig, KTError, cli, gate, merge
-from ktmoe.models import attach, detach, moe_layers
-from ktmoe.peft_layer import LoraExperts
+from ktmoe import KernelError, KTConfig, KTError, cli
+from ktmoe.adapters.layer import LoraExperts
+from ktmoe.convert import merge
+from ktmoe.gate import gate
+from ktmoe.models.attaching import attach, detach, moe_layers
 
 
 BOTH = dict(target_modules=["q_proj", "experts"])

@@ -7,10 +7,10 @@ import torch
 from helpers import KERNEL_BACKENDS
 from mutants import GRADIENTS, INPUTS, OUTPUT, WEIGHTS, Mutant, mutants
 
-from ktmoe import contract
-from ktmoe.backends.kernel import KernelBackend
+from ktmoe.backends.kt.kernel import KernelBackend
 from ktmoe.backends.torch import TorchBackend
-from ktmoe.gate import LEVELS
+from ktmoe.gate import contract
+from ktmoe.gate.gate import LEVELS
 from ktmoe.types import MoEShape
 
 
@@ -31,7 +31,7 @@ def fixtures(name):
 
 
 def rejected(name, backend, case):
-    """The gate's own decision (`ktmoe.gate.run_contract`)."""
+    """The gate's own decision (`ktmoe.gate.gate.run_contract`)."""
     kind = "AMXBF16" if name == "torch" else name
     backend.name = kind
     return contract.judge(backend, case, contract.HARD[kind])

@@ -20,11 +20,11 @@ from ktmoe_reference import LORA_NAMES, experts_forward
 from mutants import GRADIENTS, INPUTS, OUTPUT, Mutant
 from torch.nn.functional import silu
 
-from ktmoe import contract
 from ktmoe.autograd import run_experts
-from ktmoe.backends.kernel import KernelBackend
+from ktmoe.backends.kt.kernel import KernelBackend
 from ktmoe.backends.reference import ReferenceBackend
 from ktmoe.backends.torch import TorchBackend
+from ktmoe.gate import contract
 from ktmoe.types import Lora, MoEShape
 from ktmoe.validation import check_call, check_lora
 

@@ -23,15 +23,16 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import ktmoe
-from ktmoe import KTConfig, KTError, MoEExperts, contract
+from ktmoe import KTConfig, KTError, MoEExperts
 from ktmoe.backends import build, find_packed, plan
-from ktmoe.backends import kernel as kernel_module
-from ktmoe.backends.extension import Host
-from ktmoe.backends.kernel import KernelBackend
+from ktmoe.backends.kt import kernel as kernel_module
+from ktmoe.backends.kt.extension import Host
+from ktmoe.backends.kt.kernel import KernelBackend
+from ktmoe.checkpoints.packed import PackedModel
 from ktmoe.cli import app
-from ktmoe.models import attach, moe_layers
-from ktmoe.packed import PackedModel
-from ktmoe.quantize import pack, quantize
+from ktmoe.convert.quantize import pack, quantize
+from ktmoe.gate import contract
+from ktmoe.models.attaching import attach, moe_layers
 from ktmoe.types import MoEShape
 
 
@@ -238,7 +239,7 @@ def test_the_remedy_makes_what_is_damaged_and_nothing_else(folder, damage, made)
 
 
 def test_other_weights_of_the_same_sizes(packed, monkeypatch):
-    monkeypatch.setattr("ktmoe.gate._run_gate", lambda *args: pytest.fail("refused too late"))
+    monkeypatch.setattr("ktmoe.gate.gate._run_gate", lambda *args: pytest.fail("refused too late"))
     with pytest.raises(KTError, match=r"none of the 3 layers.*they are of drawn"):
         load(packed, seed=7)
 
@@ -273,7 +274,7 @@ def test_the_load_probe_still_finds_a_swapped_expert(packed, tmp_path):
 
 
 def test_without_a_kernel(packed, monkeypatch):
-    monkeypatch.setattr("ktmoe.backends.kernel.available", lambda: False)
+    monkeypatch.setattr("ktmoe.backends.kt.kernel.available", lambda: False)
     decided = plan(int8(packed), SMALL)
     assert decided.backend == "torch"
     assert "kt_weight_path is of no use" in decided.note

@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers import KERNEL_BACKENDS
 
-from ktmoe.backends import kernel
+from ktmoe.backends.kt import kernel
 from ktmoe.config import KTConfig
 from ktmoe.verify import soak, tuning
 from ktmoe.verify.growth import late_rise, trend

@@ -11,7 +11,8 @@ import pytest
 from test_devices import CONFIG
 
 from ktmoe import KTError, cli
-from ktmoe.backends import KERNEL_BACKENDS, kernel
+from ktmoe.backends import KERNEL_BACKENDS
+from ktmoe.backends.kt import kernel
 from ktmoe.types import MoEShape
 from ktmoe.verify import accuracy, environment, plots, report, results, throughput, traps
 

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 import psutil
 
-from ktmoe.backends import kernel
+from ktmoe.backends.kt import kernel
 from ktmoe.backends.reference import ReferenceBackend
 from ktmoe.backends.torch import TorchBackend
+from ktmoe.checkpoints.packed import PackedLayer, PackedModel
 from ktmoe.config import KTConfig
 from ktmoe.interface import Backend
-from ktmoe.packed import PackedLayer, PackedModel
 from ktmoe.types import ExpertWeights, KTError, MoEShape
 from ktmoe.validation import check_shape
 

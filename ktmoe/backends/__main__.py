@@ -1,6 +1,6 @@
 """`python -m ktmoe.backends`: one line on which kernel this host can use."""
 
-from ktmoe.backends import kernel
+from ktmoe.backends.kt import kernel
 
 
 if kernel.available():

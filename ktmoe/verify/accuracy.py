@@ -19,9 +19,10 @@ from rich.markup import escape
 from rich.progress import track
 from rich.table import Table
 
-from ktmoe import contract
-from ktmoe.backends import KERNEL_BACKENDS, build, kernel, plan
+from ktmoe.backends import KERNEL_BACKENDS, build, plan
+from ktmoe.backends.kt import kernel
 from ktmoe.config import KTConfig
+from ktmoe.gate import contract
 from ktmoe.types import MoEShape
 from ktmoe.verify import results
 

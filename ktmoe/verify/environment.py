@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 
-from ktmoe.backends import kernel
+from ktmoe.backends.kt import kernel
 
 
 _PACKAGES = ("ktmoe", "kt-kernel", "torch", "transformers", "peft", "accelerate", "llamafactory", "trl", "numpy")

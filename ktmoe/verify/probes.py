@@ -21,12 +21,12 @@ import torch
 from ktmoe_reference import LORA_NAMES
 from torch import Tensor
 
-from ktmoe import contract
-from ktmoe.backends.kernel import KernelBackend, valid_tp
+from ktmoe.backends.kt.kernel import KernelBackend, valid_tp
 from ktmoe.config import KTConfig
+from ktmoe.convert.quantize import pack
 from ktmoe.experts import MoEExperts
+from ktmoe.gate import contract
 from ktmoe.interface import STATELESS
-from ktmoe.quantize import pack
 from ktmoe.types import ExpertWeights, Gradients, KTError, MoEShape
 from ktmoe.validation import make_inputs
 from ktmoe.verify import usage

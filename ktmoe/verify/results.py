@@ -11,9 +11,10 @@ from typing import Any
 
 from rich.console import Console
 
-from ktmoe import contract
-from ktmoe.backends import KERNEL_BACKENDS, kernel
-from ktmoe.models import expert_shapes
+from ktmoe.backends import KERNEL_BACKENDS
+from ktmoe.backends.kt import kernel
+from ktmoe.gate import contract
+from ktmoe.models.attaching import expert_shapes
 from ktmoe.types import KTError, MoEShape
 
 

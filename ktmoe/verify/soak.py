@@ -23,7 +23,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from ktmoe.backends import KERNEL_BACKENDS, kernel
+from ktmoe.backends import KERNEL_BACKENDS
+from ktmoe.backends.kt import kernel
 from ktmoe.verify import results, usage
 from ktmoe.verify.growth import Trend, late_rise, trend
 from ktmoe.verify.tuning import Probe, Tuning

@@ -15,9 +15,10 @@ from rich.markup import escape
 from rich.progress import track
 from rich.table import Table
 
-from ktmoe import contract
-from ktmoe.backends import build, kernel, plan
+from ktmoe.backends import build, plan
+from ktmoe.backends.kt import kernel
 from ktmoe.config import KTConfig
+from ktmoe.gate import contract
 from ktmoe.interface import Backend
 from ktmoe.types import MoEShape
 from ktmoe.validation import make_inputs

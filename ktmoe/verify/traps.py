@@ -18,7 +18,8 @@ from collections.abc import Iterator
 from rich.progress import track
 from rich.table import Table
 
-from ktmoe.backends import KERNEL_BACKENDS, kernel
+from ktmoe.backends import KERNEL_BACKENDS
+from ktmoe.backends.kt import kernel
 from ktmoe.verify import results
 from ktmoe.verify.probes import TRAPS
 

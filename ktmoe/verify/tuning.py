@@ -14,9 +14,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
 import ktmoe
-from ktmoe import contract
 from ktmoe.config import KTConfig
 from ktmoe.experts import MoEExperts
+from ktmoe.gate import contract
 from ktmoe.types import MoEShape
 
 

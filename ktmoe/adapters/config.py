@@ -11,8 +11,8 @@ from typing import Any
 
 from peft import LoraConfig
 
-from ktmoe.fused_lora import ExpertLora
-from ktmoe.layout import PER_EXPERT, CheckpointLayout
+from ktmoe.adapters.fused import ExpertLora
+from ktmoe.adapters.layout import PER_EXPERT, CheckpointLayout
 
 
 PREFIX = "base_model.model."

@@ -16,12 +16,12 @@ import transformers
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
-from ktmoe.checkpoint import HUB, Checkpoint
-from ktmoe.checkpoint_names import CheckpointNames
+from ktmoe.checkpoints.names import CheckpointNames
+from ktmoe.checkpoints.reader import HUB, Checkpoint
 from ktmoe.config import KTConfig
-from ktmoe.families import expert_modules
-from ktmoe.models import attach, auto_class, check_model
-from ktmoe.native import native_class, native_config
+from ktmoe.models.attaching import attach, auto_class, check_model
+from ktmoe.models.families import expert_modules
+from ktmoe.models.native import native_class, native_config
 from ktmoe.types import KTError
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ktmoe.backends import kernel
-from ktmoe.backends.extension import Host, quiet
-from ktmoe.backends.objects import KernelObject, contiguous, create
+from ktmoe.backends.kt import kernel
+from ktmoe.backends.kt.extension import Host, quiet
+from ktmoe.backends.kt.objects import KernelObject, contiguous, create
 from ktmoe.types import PROJECTIONS, ExpertWeights, MoEShape
 
 

@@ -17,7 +17,8 @@ import ktmoe_reference
 import platformdirs
 import torch
 
-from ktmoe.backends import Plan, kernel, say_once
+from ktmoe.backends import Plan, say_once
+from ktmoe.backends.kt import kernel
 from ktmoe.types import MoEShape
 
 
@@ -98,9 +99,9 @@ def _extension_hash() -> str:
 def _code_hash() -> str:
     """Of ktmoe's and the reference's sources: what passed is this code, not a version number."""
     found = hashlib.sha256()
-    for package in (Path(__file__).parent, Path(ktmoe_reference.__file__).parent):
-        for path in sorted([*package.glob("*.py"), *package.glob("backends/*.py")]):
-            found.update(path.name.encode() + b"\0" + path.read_bytes())
+    for package in (Path(__file__).parent.parent, Path(ktmoe_reference.__file__).parent):
+        for path in sorted(package.rglob("*.py")):
+            found.update(str(path.relative_to(package)).encode() + b"\0" + path.read_bytes())
     return found.hexdigest()
 
 

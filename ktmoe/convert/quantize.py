@@ -17,9 +17,19 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 import ktmoe
-from ktmoe.backends import kernel, usable_cores
-from ktmoe.backends.int8_files import Int8Files
-from ktmoe.packed import FILES, FORMAT, MANIFEST, PackedFile, PackedLayer, Recipe, fingerprint, write_manifest
+from ktmoe.backends import usable_cores
+from ktmoe.backends.kt import kernel
+from ktmoe.backends.kt.int8_files import Int8Files
+from ktmoe.checkpoints.packed import (
+    FILES,
+    FORMAT,
+    MANIFEST,
+    PackedFile,
+    PackedLayer,
+    Recipe,
+    fingerprint,
+    write_manifest,
+)
 from ktmoe.types import ExpertWeights, KTError
 
 
@@ -47,9 +57,9 @@ def quantize(
     """
     from transformers import AutoConfig
 
-    from ktmoe.checkpoint import Checkpoint
-    from ktmoe.loading import forget_fp8
-    from ktmoe.models import experts_in
+    from ktmoe.checkpoints.reader import Checkpoint
+    from ktmoe.models.attaching import experts_in
+    from ktmoe.models.loading import forget_fp8
 
     try:
         model_config = AutoConfig.from_pretrained(model)

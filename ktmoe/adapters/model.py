@@ -21,9 +21,11 @@ import torch
 from peft import LoraConfig, PeftModel, set_peft_model_state_dict
 from torch import Tensor, nn
 
-from ktmoe.adapter_config import PREFIX, patterns, short_names
-from ktmoe.adapter_files import HUB, Adapter, read_adapter, write_experts
-from ktmoe.adapter_targets import (
+from ktmoe.adapters.config import PREFIX, patterns, short_names
+from ktmoe.adapters.files import HUB, Adapter, read_adapter, write_experts
+from ktmoe.adapters.fused import ExpertLora
+from ktmoe.adapters.layer import LoraExperts
+from ktmoe.adapters.targets import (
     EXPERTS_TARGET,
     check_lora_config,
     layout_of,
@@ -32,8 +34,6 @@ from ktmoe.adapter_targets import (
     with_experts_layer,
 )
 from ktmoe.experts import MoEExperts
-from ktmoe.fused_lora import ExpertLora
-from ktmoe.peft_layer import LoraExperts
 from ktmoe.types import KTError
 
 

@@ -1,7 +1,7 @@
 """The two checks that stand before the kernel. What fails them never computes a gradient.
 
 (a) The contract gate, once per shape on this host: every output and gradient against the reference, in a process of
-    its own, since a kernel that is wrong may also crash. Its pass is a certificate (`ktmoe.certificate`).
+    its own, since a kernel that is wrong may also crash. Its pass is a certificate (`ktmoe.gate.certificate`).
 (b) The load probe, on every layer at every load: each expert on the real weights against torch, output and, wherever
     backward weights are kept, input gradient. It finds what (a) cannot: a mis-read shard, a swapped expert.
 """
@@ -18,10 +18,11 @@ from typing import Any
 
 import torch
 
-from ktmoe import certificate, contract
-from ktmoe.backends import Plan, build, kernel, say_once
+from ktmoe.backends import Plan, build, say_once
+from ktmoe.backends.kt import kernel
 from ktmoe.backends.torch import TorchBackend
 from ktmoe.config import KTConfig
+from ktmoe.gate import certificate, contract
 from ktmoe.interface import Backend
 from ktmoe.types import ExpertWeights, KernelError, KTError, MoEShape
 from ktmoe.validation import make_inputs
@@ -211,8 +212,3 @@ def _fall_back(plan: Plan, config: KTConfig, check: str, problems: list[str]) ->
         f"{message}\nNothing was trained with it. Use kt_backend: torch, or kt_fallback: torch to let this "
         "happen by itself."
     )
-
-
-if __name__ == "__main__":
-    _about = json.loads(sys.argv[1])
-    print(json.dumps({"about": _about, "problems": run_contract(_about, sys.argv[2])}))

@@ -15,8 +15,8 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ktmoe.checkpoint_names import CheckpointNames, ExpertKey
-from ktmoe.fp8 import BlockFP8
+from ktmoe.checkpoints.fp8 import BlockFP8
+from ktmoe.checkpoints.names import CheckpointNames, ExpertKey
 from ktmoe.types import PROJECTIONS, ExpertWeights, KTError, Stack
 
 

@@ -13,13 +13,14 @@ import transformers
 from torch import nn
 from tqdm.auto import tqdm
 
-from ktmoe.adapters import check_lora_config, get_peft_model
-from ktmoe.backends import kernel, plan
-from ktmoe.checkpoint import Checkpoint
+from ktmoe.adapters.layer import LoraExperts
+from ktmoe.adapters.model import check_lora_config, get_peft_model
+from ktmoe.backends import plan
+from ktmoe.backends.kt import kernel
+from ktmoe.checkpoints.reader import Checkpoint
 from ktmoe.config import KTConfig
 from ktmoe.experts import MoEExperts
-from ktmoe.families import Layer, expert_modules, find, names_on_disk, put_back
-from ktmoe.peft_layer import LoraExperts
+from ktmoe.models.families import Layer, expert_modules, find, names_on_disk, put_back
 from ktmoe.types import ExpertWeights, KTError, MoEShape
 
 

@@ -11,9 +11,9 @@ from typing import Any
 from peft import LoraConfig
 from torch import nn
 
+from ktmoe.adapters.layer import PLAIN_INIT, LoraExperts
+from ktmoe.adapters.layout import CheckpointLayout, checkpoint_layout
 from ktmoe.experts import MoEExperts
-from ktmoe.layout import CheckpointLayout, checkpoint_layout
-from ktmoe.peft_layer import PLAIN_INIT, LoraExperts
 from ktmoe.types import PROJECTIONS, KTError
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ktmoe.backends.extension import CLASSES, Host
+from ktmoe.backends.kt.extension import CLASSES, Host
 from ktmoe.types import MoEShape
 
 

@@ -17,12 +17,12 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ktmoe.adapter_config import PREFIX, scale
-from ktmoe.adapter_files import Adapter, read_adapter
-from ktmoe.checkpoint import INDEX, Checkpoint
-from ktmoe.checkpoint_names import CheckpointNames, ExpertKey
-from ktmoe.families import find, names_on_disk
-from ktmoe.layout import checkpoint_layout
+from ktmoe.adapters.config import PREFIX, scale
+from ktmoe.adapters.files import Adapter, read_adapter
+from ktmoe.adapters.layout import checkpoint_layout
+from ktmoe.checkpoints.names import CheckpointNames, ExpertKey
+from ktmoe.checkpoints.reader import INDEX, Checkpoint
+from ktmoe.models.families import find, names_on_disk
 from ktmoe.types import PROJECTIONS, KTError, Lora
 
 

@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ktmoe.adapter_config import (
+from ktmoe.adapters.config import (
     PREFIX,
     ModuleLora,
     modules_of,
@@ -33,8 +33,8 @@ from ktmoe.adapter_config import (
     scale,
     target_parameters,
 )
-from ktmoe.fused_lora import ExpertLora, Fused, fuse, split, unite, unpack
-from ktmoe.layout import PER_EXPERT, CheckpointLayout
+from ktmoe.adapters.fused import ExpertLora, Fused, fuse, split, unite, unpack
+from ktmoe.adapters.layout import PER_EXPERT, CheckpointLayout
 from ktmoe.types import PROJECTIONS, KTError, MoEShape
 
 

@@ -15,7 +15,9 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from ktmoe.blocks import (
+from ktmoe.checkpoints.names import CheckpointNames, ExpertKey
+from ktmoe.experts import MoEExperts
+from ktmoe.models.blocks import (
     Row,
     ernie,
     gate_decides,
@@ -26,8 +28,6 @@ from ktmoe.blocks import (
     sparsemixer,
     take_over,
 )
-from ktmoe.checkpoint_names import CheckpointNames, ExpertKey
-from ktmoe.experts import MoEExperts
 from ktmoe.types import PROJECTIONS, ExpertWeights, KTError, MoEShape
 
 

@@ -18,12 +18,12 @@ import torch
 from ktmoe_reference import LORA_NAMES
 from torch import Tensor
 
-from ktmoe.backends.extension import Host, available, extension_path, numa_nodes, quiet, variant, version
-from ktmoe.backends.objects import KernelObject, contiguous, create
-from ktmoe.backends.staging import staging
+from ktmoe.backends.kt.extension import Host, available, extension_path, numa_nodes, quiet, variant, version
+from ktmoe.backends.kt.objects import KernelObject, contiguous, create
+from ktmoe.backends.kt.staging import staging
 from ktmoe.backends.torch import TorchBackend
+from ktmoe.checkpoints.packed import PackedLayer
 from ktmoe.interface import STATELESS, Backend
-from ktmoe.packed import PackedLayer
 from ktmoe.types import PROJECTIONS, ExpertWeights, Gradients, Inputs, KTError, MoEShape
 
 

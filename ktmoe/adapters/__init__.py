@@ -1,0 +1,1 @@
+"""Adapters: LoRA of routed experts in peft, in memory and on disk."""

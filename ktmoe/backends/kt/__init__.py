@@ -1,0 +1,1 @@
+"""kt_kernel's SFT operators: all that knows the kernel and its traps."""

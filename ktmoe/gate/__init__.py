@@ -1,0 +1,1 @@
+"""The two checks that stand before the kernel."""

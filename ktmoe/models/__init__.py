@@ -1,0 +1,1 @@
+"""Models of transformers: finding their routed experts, putting ours in their place, loading from disk."""
