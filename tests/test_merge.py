@@ -328,7 +328,7 @@ def test_one_tensor_in_memory_at_a_time(trained, tmp_path, monkeypatch):
 
 
 REFUSED = [
-    (lambda f: (f / "out").mkdir() or (f / "out" / "x").touch(), "out is there already and not empty"),
+    (lambda f: (f / "out").mkdir() or (f / "out" / "model.safetensors").touch(), "out is there already and not empty"),
     (lambda f: (f / "out").touch(), "out is there already"),
     (lambda f: (f / "out.part").mkdir(), r"out\.part is there, perhaps of a merge that was killed"),
     (lambda f: (f / "base" / "config.json").unlink(), r"no config\.json"),

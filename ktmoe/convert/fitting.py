@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -17,8 +18,17 @@ from ktmoe.models.families import find, names_on_disk
 from ktmoe.types import KTError
 
 
-def fit(source: str, adapter_path: str) -> tuple[CheckpointNames, Adapter, nn.Module]:
-    """The adapter, and the class of model that it fits: the causal language model, else the one in config.json."""
+def fit(source: str, adapter_path: str, hub: Mapping[str, Any]) -> tuple[CheckpointNames, Adapter, nn.Module]:
+    """The adapter, and the class of model that it fits: the causal language model, else the one in config.json.
+
+    Args:
+        source: the model's folder.
+        adapter_path: a folder, or a name on the hub.
+        hub: `subfolder`, `revision` ... of the adapter.
+
+    Raises:
+        KTError: no such adapter, or one of another model.
+    """
     import transformers
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -40,7 +50,7 @@ def fit(source: str, adapter_path: str) -> tuple[CheckpointNames, Adapter, nn.Mo
         try:
             found = find(model)
             shapes = {name: layer.shape() for name, layer in found.items()}
-            adapter = read_adapter(adapter_path, shapes, checkpoint_layout(config.model_type))
+            adapter = read_adapter(adapter_path, shapes, checkpoint_layout(config.model_type), **hub)
             _check_modules(adapter, model)
         except KTError as error:
             refused.append(error)

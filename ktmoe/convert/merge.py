@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ktmoe.adapters.files import HUB as ADAPTER_HUB
+from ktmoe.checkpoints.files import HUB
 from ktmoe.checkpoints.reader import Checkpoint
 from ktmoe.convert.changes import Source, plan
 from ktmoe.convert.fitting import fit
-from ktmoe.convert.writing import WEIGHT_FILES, write_all
+from ktmoe.convert.output import WEIGHT_FILES, Output
+from ktmoe.convert.writing import names_written, size_written, write_all
 from ktmoe.types import KTError
 
 
@@ -48,18 +49,27 @@ class Merged:
 
 
 def merge_adapter(
-    model_path: str | os.PathLike[str], adapter_path: str | os.PathLike[str], out_path: str | os.PathLike[str]
+    model_path: str | os.PathLike[str],
+    adapter_path: str | os.PathLike[str],
+    out_path: str | os.PathLike[str],
+    *,
+    model_options: Mapping[str, Any] | None = None,
+    adapter_options: Mapping[str, Any] | None = None,
+    finish: Callable[[Path], None] | None = None,
 ) -> Merged:
     """Writes a model with a LoRA adapter merged in: W + scaling * B A in fp32, rounded to W's dtype.
 
-    Same files and layout as the model's, so that whatever loads the one loads the other. Configuration, tokenizer and
-    generation files are copied. FP8 weights with block scales become bf16. At most one tensor is in memory at a time
-    (of stacked experts: one expert's matrix). The output appears when it is complete, or not at all.
+    Same files and layout as the model's, as safetensors: whatever loads the one loads the other. Configuration,
+    tokenizer and generation files are copied. FP8 weights with block scales become bf16. At most one tensor is in
+    memory at a time (of stacked experts: one expert's matrix). The output appears when it is complete, or not at all.
 
     Args:
-        model_path: a directory with safetensors, or a name on the hub.
+        model_path: a directory, or a name on the hub; the files are those that transformers reads.
         adapter_path: of any format that `ktmoe.load_adapter` reads.
-        out_path: a directory that does not exist, or is empty.
+        out_path: a directory. One that is there is written into if it holds no model and no file of the same name.
+        model_options: `subfolder`, `revision`, `cache_dir`, `token` ... of the model, as for `from_pretrained`.
+        adapter_options: those of the adapter.
+        finish: writes more into the folder, which it gets, before it is in its place.
 
     Returns:
         What was merged.
@@ -68,63 +78,53 @@ def merge_adapter(
         KTError: an output that is there, an adapter that does not fit the model, quantised weights of another kind,
             damaged files, or a full disk. Nothing is left behind.
     """
-    out = Path(out_path)
-    part = out.with_name(f"{out.name}.part")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise KTError(f"out_path: {out} is there already and not empty. Name a new directory.")
-    if part.exists():
-        raise KTError(f"out_path: {part} is there, perhaps of a merge that was killed. Delete it.")
-    source = _local(str(model_path))
-    config_json = json.loads((source / "config.json").read_text(encoding="utf-8"))
-    checkpoint = Checkpoint(source)
-    _check_quantisation(checkpoint, config_json)
-    names, adapter, model = fit(str(source), str(adapter_path))
+    hub = _hub("model_options", model_options, HUB)
+    adapter_hub = _hub("adapter_options", adapter_options, ADAPTER_HUB)
+    out = Output(out_path)
+    checkpoint = Checkpoint(
+        model_path, adapter_beside=os.path.realpath(model_path) == os.path.realpath(adapter_path), **hub
+    )
+    _complete(checkpoint, hub)
+    names, adapter, model = fit(str(checkpoint.source.folder), str(adapter_path), adapter_hub)
     tensors = plan(Source(checkpoint), names, adapter, model)
-    size = sum(t.nbytes for t in tensors.values())
-    parent = out.absolute().parent
-    parent.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(parent).free
-    if free < size:
-        raise KTError(f"out_path: {parent} has {free / 1e9:.3g} GB free; the checkpoint takes {size / 1e9:.3g} GB.")
-    part.mkdir()
-    try:
-        write_all(part, source, checkpoint, tensors, config_json)
-        if out.exists():
-            out.rmdir()
-        os.replace(part, out)
-    except OSError as error:
-        raise KTError(f"{part}: {error}. Nothing was left behind.") from error
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+    out.check(names_written(checkpoint), size_written(checkpoint, tensors))
+    with out.written() as part:
+        write_all(part, checkpoint, tensors)
+        if finish is not None:
+            finish(part)
     counts: dict[str, int] = {}
     for tensor in tensors.values():
         if tensor.count:
             counts[tensor.kind] = counts.get(tensor.kind, 0) + tensor.count
-    return Merged(str(out), counts, len(adapter.experts), len(checkpoint.files()), size, len(checkpoint.fp8_keys()))
+    size = sum(t.nbytes for t in tensors.values())
+    return Merged(
+        str(out_path), counts, len(adapter.experts), len(checkpoint.files()), size, len(checkpoint.fp8_keys())
+    )
 
 
-def _local(model: str) -> Path:
-    """The model's directory, downloaded if it is a name on the hub."""
-    if not Path(model).is_dir():
-        from huggingface_hub import snapshot_download
-
-        try:
-            model = snapshot_download(model, ignore_patterns=[f"*.{s}" for s in WEIGHT_FILES[1:]])
-        except (OSError, ValueError) as error:
-            raise KTError(f"{model}: neither a directory nor a model that the hub can give ({error}).") from error
-    if not (Path(model) / "config.json").is_file():
-        raise KTError(f"{model}: no config.json in it. Name the directory of a transformers model.")
-    return Path(model)
+def _hub(argument: str, given: Mapping[str, Any] | None, known: Collection[str]) -> dict[str, Any]:
+    odd = sorted(set(given or ()) - set(known))
+    if odd:
+        raise KTError(f"{argument}: got {odd[0]!r}; expected some of {', '.join(known)}.")
+    return {k: v for k, v in (given or {}).items() if v is not None}
 
 
-def _check_quantisation(checkpoint: Checkpoint, config: Mapping[str, Any]) -> None:
-    quantisation = config.get("quantization_config")
-    fp8 = set(checkpoint.fp8_keys())
-    odd = [k for k in checkpoint.shapes if checkpoint.dtype(k).startswith("F8") and k not in fp8]
-    odd += [k for k in fp8 if len(checkpoint.shapes[k]) != 2]
-    method = quantisation.get("quant_method") if isinstance(quantisation, Mapping) else quantisation
-    if odd or (method and method != "fp8"):
-        raise KTError(
-            f"{checkpoint.path}: quantised ({method or 'FP8'}{f', e.g. {odd[0]}' if odd else ''}), and LoRA is merged "
-            "into bf16, fp16, fp32, or FP8 with block scales. Take the unquantised checkpoint."
-        )
+def _complete(checkpoint: Checkpoint, hub: Mapping[str, Any]) -> None:
+    """Downloads what lies beside the weights, where the model is on the hub.
+
+    Raises:
+        KTError: no config.json.
+    """
+    source = checkpoint.source
+    if source.folder is None:
+        raise KTError(f"{source.path}: no config.json in it. Name the directory of a transformers model.")
+    if os.path.isdir(source.path):
+        return
+    from huggingface_hub import snapshot_download
+
+    options = {k: v for k, v in hub.items() if k not in ("subfolder", "proxies")}
+    ignored = ["*.index.json", *(f"*.{suffix}" for suffix in WEIGHT_FILES)]
+    try:
+        snapshot_download(source.path, ignore_patterns=ignored, **options)
+    except (OSError, ValueError) as error:
+        raise KTError(f"{source.path}: neither a directory nor a model that the hub can give ({error}).") from error

@@ -55,18 +55,16 @@ def quantize(
         KTError: no kernel on this host; a checkpoint that cannot be read; sizes or parts that the kernel cannot take;
             no space; or a folder that holds something else.
     """
-    from transformers import AutoConfig
-
+    from ktmoe.checkpoints.quantised import refuse_quantised
     from ktmoe.checkpoints.reader import Checkpoint
-    from ktmoe.models.attaching import experts_in
+    from ktmoe.models.arguments import model_configuration
+    from ktmoe.models.attaching import experts_in, skeleton
     from ktmoe.models.loading import forget_fp8
 
-    try:
-        model_config = AutoConfig.from_pretrained(model)
-    except (OSError, ValueError) as error:
-        raise KTError(f"{model}: {error}") from error
+    model_config, _, _ = model_configuration(model, None, {})
+    refuse_quantised(model, model_config)
     forget_fp8(model_config)
-    return pack(experts_in(model_config, Checkpoint(model)), Path(out), str(model), tp, threads)
+    return pack(experts_in(skeleton(model_config), Checkpoint(model)), Path(out), str(model), tp, threads)
 
 
 def pack(

@@ -12,35 +12,71 @@ import torch
 from safetensors import safe_open
 from tqdm.auto import tqdm
 
-from ktmoe.checkpoints.reader import INDEX, Checkpoint
+from ktmoe.checkpoints.reader import Checkpoint
 from ktmoe.convert.changes import OutputTensor
+from ktmoe.convert.output import is_weights
 from ktmoe.types import KTError
 
 
-WEIGHT_FILES = ("safetensors", "bin", "pt", "pth", "ckpt", "h5", "msgpack", "onnx", "gguf", "part")
+_SINGLE, _INDEX, _CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
 
 
-def write_all(
-    part: Path, source: Path, checkpoint: Checkpoint, tensors: Mapping[str, OutputTensor], config: dict[str, Any]
-) -> None:
+def names_written(checkpoint: Checkpoint) -> list[str]:
+    """The files of the output: those of the input that are read, as safetensors, and what lies beside them."""
+    index = [_INDEX] if checkpoint.source.promised else []
+    return [*(_name(file, checkpoint) for file in checkpoint.files()), *index, *(f.name for f in _beside(checkpoint))]
+
+
+def size_written(checkpoint: Checkpoint, tensors: Mapping[str, OutputTensor]) -> int:
+    """Bytes of the output, without what headers and index take."""
+    return sum(t.nbytes for t in tensors.values()) + sum(f.stat().st_size for f in _beside(checkpoint))
+
+
+def write_all(part: Path, checkpoint: Checkpoint, tensors: Mapping[str, OutputTensor]) -> None:
+    """Writes weights, index, configuration and what belongs to them.
+
+    Args:
+        part: an empty folder.
+        checkpoint: the input.
+        tensors: of the output.
+
+    Raises:
+        KTError: a file is not as it was written.
+    """
     size = sum(t.nbytes for t in tensors.values())
+    where: dict[str, str] = {}
     with tqdm(total=size, desc="Merging", unit="B", unit_scale=True) as bar:
         for file, keys in checkpoint.files().items():
             kept = {k: tensors[k] for k in keys if k in tensors}
-            _write(part / Path(file).name, kept, checkpoint.metadata(keys[0]) if keys else {}, bar.update)
-    for other in source.iterdir():
-        weights = other.name.endswith((".index.json", *(f".{s}" for s in WEIGHT_FILES)))
-        if other.is_file() and not weights and not other.name.startswith((".", "adapter_")):
-            shutil.copyfile(other, part / other.name)
-    if checkpoint.fp8_keys():
-        config.pop("quantization_config", None)
-        (part / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    index = source / INDEX
-    if index.is_file():
-        found = json.loads(index.read_text(encoding="utf-8"))
-        found["weight_map"] = {k: v for k, v in found["weight_map"].items() if k in tensors}
-        found["metadata"] = {**(found.get("metadata") or {}), "total_size": size}
-        (part / INDEX).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+            name = _name(file, checkpoint)
+            _write(part / name, kept, checkpoint.metadata(keys[0]) if keys else {}, bar.update)
+            where |= dict.fromkeys(kept, name)
+    for other in _beside(checkpoint):
+        shutil.copyfile(other, part / other.name)
+    if checkpoint.source.promised:
+        index = {"metadata": {**checkpoint.source.metadata, "total_size": size}, "weight_map": where}
+        (part / _INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    config: dict[str, Any] = json.loads((part / _CONFIG).read_text(encoding="utf-8"))
+    changed = ["transformers_weights", *(["quantization_config"] if checkpoint.fp8_keys() else [])]
+    if any(config.pop(key, None) for key in changed):
+        (part / _CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _name(file: str, checkpoint: Checkpoint) -> str:
+    """By which transformers finds it without being told."""
+    if not checkpoint.source.promised:
+        return _SINGLE
+    name = Path(file).name
+    return (
+        name if name.endswith(".safetensors") else f"{Path(name.replace('pytorch_model', 'model')).stem}.safetensors"
+    )
+
+
+def _beside(checkpoint: Checkpoint) -> list[Path]:
+    """Configuration, tokenizer, generation files."""
+    folder = checkpoint.source.folder
+    found = sorted(folder.iterdir()) if folder else []
+    return [f for f in found if f.is_file() and not is_weights(f.name) and not f.name.startswith((".", "adapter_"))]
 
 
 def _write(

@@ -180,22 +180,21 @@ def expert_shapes(model_config: Any, r: int, *, trust_remote_code: bool = False)
     """
     if isinstance(r, bool) or not isinstance(r, int) or r < 1:
         raise KTError(f"lora_rank: got {r!r}; expected a whole number of at least 1.")
-    skeleton = _skeleton(model_config, trust_remote_code)
-    return list(dict.fromkeys(replace(layer.shape(), rank=r) for layer in find(skeleton).values()))
+    model = skeleton(model_config, trust_remote_code)
+    return list(dict.fromkeys(replace(layer.shape(), rank=r) for layer in find(model).values()))
 
 
-def experts_in(model_config: Any, checkpoint: Checkpoint) -> dict[str, ExpertWeights]:
+def experts_in(model: nn.Module, checkpoint: Checkpoint) -> dict[str, ExpertWeights]:
     """The routed experts in a checkpoint, by the name that their module has in the model. Nothing is loaded.
 
     Args:
-        model_config: a transformers configuration.
+        model: from `skeleton`.
         checkpoint: its files.
 
     Raises:
         KTError: as `attach`; or matrices that are missing, there twice, or of another shape.
     """
-    skeleton = _skeleton(model_config)
-    return _on_disk(skeleton, find(skeleton), checkpoint)
+    return _on_disk(model, find(model), checkpoint)
 
 
 def _on_disk(model: nn.Module, found: Mapping[str, Layer], checkpoint: Checkpoint) -> dict[str, ExpertWeights]:
@@ -204,8 +203,12 @@ def _on_disk(model: nn.Module, found: Mapping[str, Layer], checkpoint: Checkpoin
     return checkpoint.experts(sizes, names_on_disk(model, found))
 
 
-def _skeleton(model_config: Any, trust_remote_code: bool = False) -> nn.Module:
-    """The model without weights."""
+def skeleton(model_config: Any, trust_remote_code: bool = False) -> nn.Module:
+    """The model without weights.
+
+    Raises:
+        KTError: transformers has no such model, or its remote code does not run here.
+    """
     try:
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")
