@@ -60,9 +60,9 @@ def find_files(
     """
     path = str(path)
     hub = {k: v for k, v in options.items() if k in HUB and v is not None}
-    config, folder = read_config(path, hub)
     if not adapter_beside:
-        _refuse_adapter(path, folder, hub)
+        refuse_adapter(path, hub)
+    config, folder = read_config(path, hub)
     explicit = transformers_weights or config.get("transformers_weights")
     choice = {k: options.get(k) for k in ("variant", "use_safetensors")}
     try:
@@ -156,21 +156,30 @@ def _in_order(
     raise OSError(f"none of {', '.join(name for name, _ in names)} is there")
 
 
-def _refuse_adapter(path: str, folder: Path | None, hub: Mapping[str, Any]) -> None:
-    """Where a model is asked for and an adapter is there too, transformers loads both.
+def refuse_adapter(path: str | os.PathLike[str], hub: Mapping[str, Any]) -> None:
+    """Refuses an adapter where a model is asked for: transformers would load it on top of one, without the experts.
+
+    Args:
+        path: a directory, or a name on the hub.
+        hub: of `HUB`.
 
     Raises:
-        KTError: it is there.
+        KTError: an adapter is there, beside a model or in its place.
     """
-    from transformers.utils import find_adapter_config_file
+    from transformers.utils import cached_file, find_adapter_config_file
 
+    path = str(path)
     if os.path.isfile(path):
         return
-    found = find_adapter_config_file(path, **hub)
-    if found is None:
+    try:
+        found = find_adapter_config_file(path, **hub)
+        model = found and cached_file(path, "config.json", **hub, **_ABSENT_IS_FINE)
+    except (OSError, ValueError) as error:
+        raise KTError(f"{path}: neither a directory nor a model that the hub can give ({error}).") from error
+    if not found:
         return
     remedy = "Move it (adapter_*) to a folder of its own"
-    if folder is None:
+    if not model:
         base = json.loads(Path(found).read_text(encoding="utf-8")).get("base_model_name_or_path")
         remedy = f"Name the model that it was trained on ({base})"
     raise KTError(

@@ -7,7 +7,7 @@ computes with them, and dropped by it when memory gets scarce.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
@@ -22,7 +22,7 @@ from ktmoe.types import PROJECTIONS, ExpertWeights, KTError, Stack
 
 
 _SCALE = "_scale_inv"  # what DeepSeek-V3 adds to the name of an FP8 matrix for its block scales
-FLOATS = ("BF16", "F16", "F32", "F64")
+_FLOATS = ("BF16", "F16", "F32", "F64")
 
 
 class Checkpoint:
@@ -101,8 +101,21 @@ class Checkpoint:
             "or config.json is of another model."
         )
 
-    def wrong_dtype(self, key: str) -> KTError:
-        """The error for a tensor that holds no floating-point numbers."""
+    def check_numbers(self, names: CheckpointNames, parameters: Container[str]) -> None:
+        """Refuses tensors that are read into parameters and hold no floating-point numbers.
+
+        Args:
+            names: how this model's checkpoints name them.
+            parameters: the model's, by name.
+
+        Raises:
+            KTError: names the file and the key.
+        """
+        for key, dtype in self._dtypes.items():
+            if dtype not in _FLOATS and not dtype.startswith("F8") and names.parameter(key, parameters):
+                raise self._wrong_dtype(key)
+
+    def _wrong_dtype(self, key: str) -> KTError:
         return KTError(f"{self._file[key]}: {key} is {self._dtypes[key]}; {_PLAIN}")
 
     def _open(self, file: str) -> None:
@@ -180,8 +193,8 @@ class Checkpoint:
 
     def _fused(self, key: str, place: ExpertKey, shape: tuple[int, int, int]) -> Tensor:
         there = self.shapes[key]
-        if self._dtypes[key] not in FLOATS:
-            raise self.wrong_dtype(key)
+        if self._dtypes[key] not in _FLOATS:
+            raise self._wrong_dtype(key)
         turned = (shape[0], shape[2], shape[1])
         if place.transposed or (place.transposed is None and there != shape and there == turned):
             self._check_shape(key, turned)
@@ -194,8 +207,8 @@ class Checkpoint:
             self._check_shape(key, shape)
         quantised = {self._dtypes[key] for key in keys} == {"F8_E4M3"}
         for key in keys:
-            if self._dtypes[key] not in FLOATS and not quantised:
-                raise self.wrong_dtype(key)
+            if self._dtypes[key] not in _FLOATS and not quantised:
+                raise self._wrong_dtype(key)
         matrices = [self._tensor(key) for key in keys]
         return (
             BlockFP8(matrices, [self._tensor(f"{key}{_SCALE}") for key in keys], self._block)

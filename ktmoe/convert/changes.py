@@ -69,6 +69,7 @@ def plan(source: Source, names: CheckpointNames, adapter: Adapter, model: Any) -
     loras = {n: Lora(e.tensors, e.scaling) for n, e in adapter.experts.items()}
     checkpoint.experts({n: _sizes(lora) for n, lora in loras.items()}, names)  # all there, once, of the right shape
     parameters = dict(model.named_parameters())
+    checkpoint.check_numbers(names, parameters)
     changes = _module_changes(adapter)
     tensors = {}
     done: set[str] = set()

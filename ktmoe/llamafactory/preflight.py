@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from ktmoe.checkpoints.quantised import refuse_quantised
 from ktmoe.config import KTConfig
 from ktmoe.llamafactory.arguments import kt_config
 from ktmoe.types import KTError
@@ -155,13 +156,7 @@ def check_inference(model_args: Any, finetuning_args: Any) -> Any:
     if _is_multimodal(model_config):
         kind = type(model_config).__name__
         raise KTError(f"model_name_or_path: {kind} is multimodal; only text models are built so far.")
-    quantized = getattr(model_config, "quantization_config", None)
-    if quantized:
-        method = quantized.get("quant_method") if isinstance(quantized, dict) else type(quantized).__name__
-        raise KTError(
-            f"model_name_or_path: the checkpoint is quantised ({method}); expected bf16 weights, or FP8 with block "
-            "scales. Take the bf16 release, or dequantise it first."
-        )
+    refuse_quantised(f"model_name_or_path: {model_args.model_name_or_path}", model_config)
     check_model(model_config, kt_config(model_args), largest_rank(model_args, finetuning_args))
     return model_config
 

@@ -12,7 +12,7 @@ from typing import Any
 import transformers
 from transformers import AutoConfig, PretrainedConfig
 
-from ktmoe.checkpoints.files import HUB
+from ktmoe.checkpoints.files import HUB, refuse_adapter
 from ktmoe.config import KTConfig
 from ktmoe.models.native import native_class, native_config
 from ktmoe.types import KTError
@@ -84,11 +84,12 @@ def model_configuration(
     """The model's configuration, whether its remote code is run, and the arguments that the configuration left.
 
     Raises:
-        KTError: no such model.
+        KTError: no such model, or an adapter in its place.
     """
     rest = {k: v for k, v in from_pretrained.items() if k not in HUB}
-    hub = {k: v for k, v in from_pretrained.items() if k in HUB}
+    hub = {k: v for k, v in from_pretrained.items() if k in HUB and v is not None}
     trust = bool(rest.pop("trust_remote_code", False))
+    refuse_adapter(path, hub)
     if given is not None:
         return given, trust, rest
     held = {k: rest.pop(k) for k in ("dtype", "torch_dtype") if k in rest}  # "auto" is none that it could hold

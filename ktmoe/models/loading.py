@@ -16,7 +16,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from ktmoe.checkpoints.files import HUB, OPTIONS
 from ktmoe.checkpoints.names import CheckpointNames
 from ktmoe.checkpoints.quantised import is_fp8, refuse_quantised
-from ktmoe.checkpoints.reader import FLOATS, Checkpoint
+from ktmoe.checkpoints.reader import Checkpoint
 from ktmoe.config import KTConfig
 from ktmoe.models.arguments import (
     PLACES,
@@ -81,7 +81,7 @@ def load_model(
         transformers_weights=getattr(model_config, "transformers_weights", None),
         **{k: v for k, v in from_pretrained.items() if k in OPTIONS},
     )
-    _check_numbers(model_config, checkpoint, trust)
+    check_headers(model_config, checkpoint, trust)
     asked_info = rest.pop("output_loading_info", False)
     options = options_for({**rest, **hub}, torch.bfloat16 if fp8 or checkpoint.fp8_keys() else "auto")
     with without_experts():
@@ -99,7 +99,7 @@ def load_model(
     return (loaded, info) if asked_info else loaded
 
 
-def _check_numbers(model_config: Any, checkpoint: Checkpoint, trust_remote_code: bool) -> None:
+def check_headers(model_config: Any, checkpoint: Checkpoint, trust_remote_code: bool = False) -> None:
     """Refuses, from the headers alone, experts that are incomplete and tensors that are no floating-point numbers.
 
     Raises:
@@ -107,12 +107,7 @@ def _check_numbers(model_config: Any, checkpoint: Checkpoint, trust_remote_code:
     """
     model = skeleton(model_config, trust_remote_code)
     experts_in(model, checkpoint)
-    parameters = dict(model.named_parameters())
-    names = CheckpointNames(model, ())
-    read = {*FLOATS, *({"F8_E4M3"} if checkpoint.fp8_keys() else ())}
-    for key in checkpoint.shapes:
-        if checkpoint.dtype(key) not in read and names.parameter(key, parameters):
-            raise checkpoint.wrong_dtype(key)
+    checkpoint.check_numbers(CheckpointNames(model, ()), dict(model.named_parameters()))
 
 
 def _check_on_devices(model: nn.Module) -> None:
