@@ -66,24 +66,18 @@ class Output:
         Raises:
             KTError: the disk refuses; whatever was written is gone, whatever was there is there.
         """
-        made: list[Path] = []
         try:
-            for folder in reversed([p for p in (self._stage, *self._stage.parents) if not p.exists()]):
-                folder.mkdir()
-                made.append(folder)
-            yield self._stage
-            if self._there:
-                _move(self._stage, self.path)
-            else:
-                os.replace(self._stage, self.path)
-                made.clear()
+            with new_folder(self._stage):
+                try:
+                    yield self._stage
+                    if self._there:
+                        _move(self._stage, self.path)
+                    else:
+                        os.replace(self._stage, self.path)
+                finally:
+                    shutil.rmtree(self._stage, ignore_errors=True)
         except OSError as error:
             raise KTError(f"out_path: {self._given}: {error}. Nothing was left behind.") from error
-        finally:
-            shutil.rmtree(self._stage, ignore_errors=True)
-            for folder in reversed(made):  # as far as they are empty
-                if folder != self._stage and not any(folder.iterdir()):
-                    folder.rmdir()
 
     def _refuse(self, found: list[str]) -> None:
         if found:
@@ -91,6 +85,22 @@ class Output:
                 f"out_path: {self._given} is there already and not empty: it holds {', '.join(found[:3])}. Name a new "
                 "directory."
             )
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[None]:
+    """Makes a folder and those that it lies in; what an error leaves empty is taken away again."""
+    made: list[Path] = []
+    try:
+        for folder in reversed([p for p in (path, *path.parents) if not p.exists()]):
+            folder.mkdir()
+            made.append(folder)
+        yield
+    except BaseException:
+        for folder in reversed(made):
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
+        raise
 
 
 def is_weights(name: str) -> bool:
@@ -101,20 +111,17 @@ def is_weights(name: str) -> bool:
 def _move(stage: Path, out: Path) -> None:
     """Moves every file, config.json last: without it the folder is no model. Either all are moved, or none."""
     kept = stage / ".kept"
-    moved: list[str] = []
-    replaced: list[str] = []
     names = sorted((f.name for f in stage.iterdir()), key=lambda name: (name == "config.json", name))
     try:
         for name in names:
             if (out / name).exists():
                 kept.mkdir(exist_ok=True)
                 os.replace(out / name, kept / name)
-                replaced.append(name)
             os.replace(stage / name, out / name)
-            moved.append(name)
     except BaseException:
-        for name in moved:
-            os.replace(out / name, stage / name)
-        for name in replaced:
-            os.replace(kept / name, out / name)
+        for name in names:
+            if not (stage / name).exists():
+                os.replace(out / name, stage / name)
+            if (kept / name).exists():
+                os.replace(kept / name, out / name)
         raise

@@ -30,11 +30,12 @@ from ktmoe.checkpoints.packed import (
     fingerprint,
     write_manifest,
 )
+from ktmoe.convert.output import new_folder
 from ktmoe.types import ExpertWeights, KTError
 
 
 _SCRATCH = ".part"
-_OURS = re.compile(rf"_layer_\d+|{re.escape(_SCRATCH)}|{re.escape(MANIFEST)}(\.part)?")
+_OURS = re.compile(rf"lost\+found|_layer_\d+|{re.escape(_SCRATCH)}|{re.escape(MANIFEST)}(\.part)?")
 
 
 def quantize(
@@ -88,6 +89,7 @@ def pack(
             "a CPU with AVX512-BF16 or AMX."
         )
     threads = threads or usable_cores()
+    out = Path(os.path.realpath(out))  # it may be a link to a folder that is not there yet
     recipe = Recipe(FORMAT, kernel.version(), tp)
     folders = [out / f"_layer_{n}" for n in _numbers(list(layers))]
     drafts = [
@@ -198,22 +200,22 @@ def _locked(out: Path) -> Iterator[Path]:
         KTError: it holds something else, cannot be written, or another process packs into it.
     """
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        strange = [f.name for f in out.iterdir() if not _OURS.fullmatch(f.name)]
-        if strange:
-            raise KTError(f"{out}: holds {strange[0]}, which is no packed weights. Give OUT a folder of its own.")
-        folder = os.open(out, os.O_RDONLY)
-        try:
-            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            scratch = out / _SCRATCH
-            shutil.rmtree(scratch, ignore_errors=True)
-            scratch.mkdir()
+        with new_folder(out):
+            strange = [f.name for f in out.iterdir() if not _OURS.fullmatch(f.name)]
+            if strange:
+                raise KTError(f"{out}: holds {strange[0]}, which is no packed weights. Give OUT a folder of its own.")
+            folder = os.open(out, os.O_RDONLY)
             try:
-                yield scratch
+                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                scratch = out / _SCRATCH
+                shutil.rmtree(scratch, ignore_errors=True)
+                scratch.mkdir()
+                try:
+                    yield scratch
+                finally:
+                    shutil.rmtree(scratch)
             finally:
-                shutil.rmtree(scratch)
-        finally:
-            os.close(folder)
+                os.close(folder)
     except BlockingIOError:
         raise KTError(f"{out}: another ktmoe quantize is writing there.") from None
     except OSError as error:
