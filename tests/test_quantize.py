@@ -296,7 +296,7 @@ def test_a_killed_run_is_resumed(packed, tmp_path):
     killed = f"""
         import os, signal
         from pathlib import Path
-        from ktmoe import quantize
+        from ktmoe.convert import quantize
         from helpers import weights
         real = quantize._hashes
         def hashes(layer):  # the third layer's files are written, but not yet in their place
