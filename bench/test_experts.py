@@ -8,10 +8,11 @@ Compare backends within one run only, on an idle machine. A time never fails a r
 import pytest
 import torch
 
-from ktmoe.backends import KERNEL_BACKENDS, build, plan
+from ktmoe.backends import KERNEL_BACKENDS, build
 from ktmoe.backends.kt import kernel
 from ktmoe.config import KTConfig
 from ktmoe.gate import contract
+from ktmoe.planning import plan
 from ktmoe.types import MoEShape
 from ktmoe.validation import make_inputs
 

@@ -11,10 +11,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from ktmoe.backends import build, plan
+from ktmoe.backends import TABLE, build
 from ktmoe.config import KTConfig
 from ktmoe.experts import MoEExperts
 from ktmoe.gate import contract
+from ktmoe.planning import plan
 from ktmoe.types import ExpertWeights, MoEShape
 
 
@@ -46,7 +47,7 @@ def relative(got, expected):
 
 def limits(name):
     """This project's own tight limits."""
-    return contract.EXPECTED[name]
+    return TABLE[name].expected
 
 
 def weights(shape=SMALL, seed=0):

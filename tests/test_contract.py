@@ -9,10 +9,11 @@ from helpers import BACKENDS, KERNEL_BACKENDS, SMALL, call, gradients, limits, l
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ktmoe.backends import build, plan
+from ktmoe.backends import build
 from ktmoe.backends.kt.kernel import KernelBackend
 from ktmoe.config import KTConfig
 from ktmoe.gate import contract
+from ktmoe.planning import plan
 from ktmoe.types import MoEShape
 
 

@@ -17,12 +17,9 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ktmoe.adapters.config import PREFIX, scale
-from ktmoe.adapters.files import Adapter, read_adapter
-from ktmoe.adapters.layout import checkpoint_layout
-from ktmoe.checkpoints.names import CheckpointNames, ExpertKey
-from ktmoe.checkpoints.reader import INDEX, Checkpoint
-from ktmoe.models.families import find, names_on_disk
+from ktmoe.adapters import PREFIX, Adapter, checkpoint_layout, read_adapter, scale
+from ktmoe.checkpoints import INDEX, Checkpoint, CheckpointNames, ExpertKey
+from ktmoe.models import find, names_on_disk
 from ktmoe.types import PROJECTIONS, KTError, Lora
 
 

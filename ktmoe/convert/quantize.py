@@ -17,10 +17,8 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 import ktmoe
-from ktmoe.backends import usable_cores
-from ktmoe.backends.kt import kernel
-from ktmoe.backends.kt.int8_files import Int8Files
-from ktmoe.checkpoints.packed import (
+from ktmoe.backends import kt
+from ktmoe.packed import (
     FILES,
     FORMAT,
     MANIFEST,
@@ -30,6 +28,7 @@ from ktmoe.checkpoints.packed import (
     fingerprint,
     write_manifest,
 )
+from ktmoe.planning import usable_cores
 from ktmoe.types import ExpertWeights, KTError
 
 
@@ -37,7 +36,7 @@ _SCRATCH = ".part"
 _OURS = re.compile(rf"_layer_\d+|{re.escape(_SCRATCH)}|{re.escape(MANIFEST)}(\.part)?")
 
 
-def quantize(
+def quantize_model(
     model: str | os.PathLike[str], out: str | os.PathLike[str], tp: int = 1, threads: int | None = None
 ) -> list[PackedLayer]:
     """Packs a checkpoint's routed experts, layer by layer.
@@ -57,9 +56,8 @@ def quantize(
     """
     from transformers import AutoConfig
 
-    from ktmoe.checkpoints.reader import Checkpoint
-    from ktmoe.models.attaching import experts_in
-    from ktmoe.models.loading import forget_fp8
+    from ktmoe.checkpoints import Checkpoint
+    from ktmoe.models import experts_in, forget_fp8
 
     try:
         model_config = AutoConfig.from_pretrained(model)
@@ -72,7 +70,7 @@ def quantize(
 def pack(
     layers: Mapping[str, ExpertWeights], out: Path, model: str, tp: int = 1, threads: int | None = None
 ) -> list[PackedLayer]:
-    """Packs the experts of layers that somebody holds. See `quantize`.
+    """Packs the experts of layers that somebody holds. See `quantize_model`.
 
     Args:
         layers: weights by module name, such as model.layers.3.mlp.experts.
@@ -84,13 +82,10 @@ def pack(
     Returns:
         What is in the folder.
     """
-    if not kernel.available():
-        raise KTError(
-            f"ktmoe quantize: the kernel itself packs, and there is none on this host ({kernel.variant()}). Run it on "
-            "a CPU with AVX512-BF16 or AMX."
-        )
+    if why := kt.INT8.refuse_host():
+        raise KTError(f"ktmoe quantize: the kernel itself packs. {why}. Run it on a CPU with AVX512-BF16 or AMX.")
     threads = threads or usable_cores()
-    recipe = Recipe(FORMAT, kernel.version(), tp)
+    recipe = Recipe(FORMAT, kt.version(), tp)
     folders = [out / f"_layer_{n}" for n in _numbers(list(layers))]
     drafts = [
         PackedLayer(folder, name, w.num_experts, w.hidden_size, w.intermediate_size, "", "", recipe)
@@ -99,7 +94,7 @@ def pack(
     packed = []
     with _locked(out) as scratch:
         sizes = dict.fromkeys((d.num_experts, d.hidden_size, d.intermediate_size) for d in drafts)
-        writers = {size: Int8Files(*size, tp, threads, scratch) for size in sizes}  # a wrong --tp shows here
+        writers = {size: kt.Int8Files(*size, tp, threads, scratch) for size in sizes}  # a wrong --tp shows here
         _check_space(out, sum(d.size for d in drafts if not d.folder.exists()))
         with tqdm(total=sum(d.size for d in drafts), desc="Packing experts", unit="B", unit_scale=True) as bar:
             for draft, weights in zip(drafts, layers.values(), strict=True):
@@ -108,12 +103,12 @@ def pack(
                 packed.append(_kept(layer) or _made(layer, weights, writer))
                 bar.update(layer.size)
     _check_distinct(packed)
-    about = {"ktmoe": ktmoe.__version__, "variant": kernel.variant(), "bytes": sum(d.size for d in drafts)}
+    about = {"ktmoe": ktmoe.__version__, "variant": kt.variant(), "bytes": sum(d.size for d in drafts)}
     write_manifest(out, model, packed, about)
     return packed
 
 
-def _made(layer: PackedLayer, weights: ExpertWeights, writer: Int8Files) -> PackedLayer:
+def _made(layer: PackedLayer, weights: ExpertWeights, writer: kt.Int8Files) -> PackedLayer:
     """Packs one layer; it appears under its name when it is whole."""
     written = writer.write(weights)
     files = _hashes(replace(layer, folder=written))

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from ktmoe.convert.merge import Merged, merge_adapter
+from ktmoe.convert import Merged, merge_adapter
 from ktmoe.types import KTError
 
 

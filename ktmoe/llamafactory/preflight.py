@@ -149,7 +149,7 @@ def check_inference(model_args: Any, finetuning_args: Any) -> Any:
     Raises:
         KTError: as `check_loading`.
     """
-    from ktmoe.models.attaching import check_model
+    from ktmoe.models import check_model
 
     model_config = load_config(model_args)
     if _is_multimodal(model_config):
@@ -243,8 +243,8 @@ def _check_targets(model_config: Any, finetuning_args: Any) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from ktmoe.adapters.layout import checkpoint_layout
-    from ktmoe.models.attaching import unwrapped_layers
+    from ktmoe.adapters import checkpoint_layout
+    from ktmoe.models import unwrapped_layers
 
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(model_config)
@@ -283,7 +283,7 @@ def load_config(model_args: Any) -> Any:
     from llamafactory.model import loader
     from transformers.utils import logging
 
-    from ktmoe.models.native import native_class, native_config
+    from ktmoe.models import native_class, native_config
 
     verbosity = logging.get_verbosity()
     logging.set_verbosity_warning()  # LLaMA-Factory has just asked for more, which would print every configuration

@@ -16,8 +16,7 @@ import transformers
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
-from ktmoe.checkpoints.names import CheckpointNames
-from ktmoe.checkpoints.reader import HUB, Checkpoint
+from ktmoe.checkpoints import HUB, Checkpoint, CheckpointNames
 from ktmoe.config import KTConfig
 from ktmoe.models.attaching import attach, auto_class, check_model
 from ktmoe.models.families import expert_modules

@@ -22,8 +22,8 @@ from ktmoe.backends.kt.extension import Host, available, extension_path, numa_no
 from ktmoe.backends.kt.objects import KernelObject, contiguous, create
 from ktmoe.backends.kt.staging import staging
 from ktmoe.backends.torch import TorchBackend
-from ktmoe.checkpoints.packed import PackedLayer
 from ktmoe.interface import STATELESS, Backend
+from ktmoe.packed import PackedLayer
 from ktmoe.types import PROJECTIONS, ExpertWeights, Gradients, Inputs, KTError, MoEShape
 
 
