@@ -45,6 +45,11 @@ class KTConfig:
 
     Raises:
         KTError: a value that is unknown, of the wrong type, out of range, or of a feature that is not built yet.
+
+    Examples:
+        >>> config = ktmoe.KTConfig(kt_backend="amxint8", kt_num_threads=16)
+        >>> config.kt_backend  # upper or lower case
+        'AMXInt8'
     """
 
     kt_backend: str = _key(

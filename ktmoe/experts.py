@@ -27,6 +27,17 @@ class MoEExperts(nn.Module):
 
     With `r` it owns LoRA parameters and is ready to train by itself. Without, it computes the frozen experts, and
     `ktmoe.adapters` wraps it with peft's adapters.
+
+    Examples:
+        >>> gate, up, down = (torch.randn(size, dtype=torch.bfloat16) for size in ((4, 64, 32), (4, 64, 32), (4, 32, 64)))
+        >>> config = ktmoe.KTConfig(kt_backend="torch")
+        >>> experts = ktmoe.MoEExperts(ktmoe.ExpertWeights(gate, up, down), top_k=2, r=8, lora_alpha=16, config=config)
+        >>> hidden_states = torch.randn(10, 32, requires_grad=True)
+        >>> top_k_weights, top_k_index = torch.rand(10, 4).softmax(-1).topk(2)
+        >>> out = experts(hidden_states, top_k_index, top_k_weights)
+        >>> out.sum().backward()
+        >>> out.shape, experts.lora["down_proj.lora_B"].grad.shape
+        (torch.Size([10, 32]), torch.Size([4, 32, 8]))
     """
 
     def __init__(

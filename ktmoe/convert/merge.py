@@ -92,6 +92,12 @@ def merge_adapter(
     Raises:
         KTError: an output that is there, an adapter that does not fit the model, quantised weights of another kind,
             damaged files, or a full disk. Nothing is left behind.
+
+    Examples:
+        >>> merged = ktmoe.merge_adapter(model_path, adapter_path, new_path)
+        >>> merged.counts["experts"]  # 1 layer, 4 experts, 3 projections
+        12
+        >>> model = transformers.AutoModelForCausalLM.from_pretrained(new_path)
     """
     out = Path(out_path)
     part = out.with_name(f"{out.name}.part")

@@ -54,6 +54,12 @@ def attach(
     Raises:
         KTError: no MoE layer, experts that are not plain, or sizes that the backend cannot take. It stays as it was.
         KernelError: the kernel failed a check.
+
+    Examples:
+        >>> model = transformers.AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.bfloat16)
+        >>> model = ktmoe.attach(model, ktmoe.KTConfig(kt_backend="torch"), lora=peft.LoraConfig(target_modules=["experts"]))
+        >>> model(torch.tensor([[1, 2, 3]])).logits.shape
+        torch.Size([1, 3, 64])
     """
     config = config or KTConfig()
     rank = lora.r if lora is not None else r
@@ -126,6 +132,11 @@ def detach(model: nn.Module) -> nn.Module:
     Raises:
         KTError: nothing is attached, adapters are still around the experts, or `load_model` made the model. It stays
             as it was.
+
+    Examples:
+        >>> model = transformers.AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.bfloat16)
+        >>> model = ktmoe.attach(model, ktmoe.KTConfig(kt_backend="torch"))
+        >>> ktmoe.detach(model).save_pretrained(new_path)  # with the experts
     """
     layers = moe_layers(model)
     if not layers:

@@ -68,6 +68,12 @@ def load_model(
     Raises:
         KTError: shards that are missing, damaged, incomplete or of another model; or as `attach`.
         KernelError: the kernel failed a check.
+
+    Examples:
+        >>> config = ktmoe.KTConfig(kt_backend="torch")
+        >>> model = ktmoe.load_model(model_path, config, lora=peft.LoraConfig(r=8, target_modules="all-linear"))
+        >>> model(input_ids=torch.tensor([[1, 2, 3]]), labels=torch.tensor([[1, 2, 3]])).loss.backward()
+        >>> model.save_pretrained(new_path)  # the adapter, as stock peft reads it
     """
     refused = sorted(name for name in _REFUSED if from_pretrained.get(name))
     if refused:
