@@ -29,7 +29,8 @@ class MoEExperts(nn.Module):
     `ktmoe.adapters` wraps it with peft's adapters.
 
     Examples:
-        >>> gate, up, down = (torch.randn(size, dtype=torch.bfloat16) for size in ((4, 64, 32), (4, 64, 32), (4, 32, 64)))
+        >>> gate, up = torch.randn(2, 4, 64, 32, dtype=torch.bfloat16)
+        >>> down = torch.randn(4, 32, 64, dtype=torch.bfloat16)
         >>> config = ktmoe.KTConfig(kt_backend="torch")
         >>> experts = ktmoe.MoEExperts(ktmoe.ExpertWeights(gate, up, down), top_k=2, r=8, lora_alpha=16, config=config)
         >>> hidden_states = torch.randn(10, 32, requires_grad=True)

@@ -81,7 +81,8 @@ class ExpertWeights:
         down_proj: [E, H, I].
 
     Examples:
-        >>> gate, up, down = (torch.randn(size, dtype=torch.bfloat16) for size in ((4, 64, 32), (4, 64, 32), (4, 32, 64)))
+        >>> gate, up = torch.randn(2, 4, 64, 32, dtype=torch.bfloat16)
+        >>> down = torch.randn(4, 32, 64, dtype=torch.bfloat16)
         >>> weights = ktmoe.ExpertWeights(gate, up, down)
         >>> weights.num_experts, weights.hidden_size, weights.intermediate_size
         (4, 32, 64)

@@ -57,7 +57,8 @@ def attach(
 
     Examples:
         >>> model = transformers.AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.bfloat16)
-        >>> model = ktmoe.attach(model, ktmoe.KTConfig(kt_backend="torch"), lora=peft.LoraConfig(target_modules=["experts"]))
+        >>> config = ktmoe.KTConfig(kt_backend="torch")
+        >>> model = ktmoe.attach(model, config, lora=peft.LoraConfig(target_modules=["experts"]))
         >>> model(torch.tensor([[1, 2, 3]])).logits.shape
         torch.Size([1, 3, 64])
     """
