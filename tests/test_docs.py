@@ -8,6 +8,8 @@ import torch
 import transformers
 
 import ktmoe
+from ktmoe.models import expert_shapes
+from ktmoe.shapes import SHAPES
 
 
 @pytest.fixture(scope="module")
@@ -38,3 +40,14 @@ def test_the_example_of_every_public_name_runs(name, paths, tmp_path, monkeypatc
     for test in found:
         runner.run(test, out=said.append)
     assert not runner.failures, "".join(said)
+
+
+def test_shapes_are_those_of_the_models():
+    """Against the defaults of transformers' configurations, which are these models' own."""
+    for name, config in (
+        ("Mixtral-8x7B", transformers.MixtralConfig()),
+        ("DeepSeek-V3", transformers.DeepseekV3Config()),
+        ("Qwen3-30B-A3B", transformers.Qwen3MoeConfig()),
+    ):
+        (shape,) = expert_shapes(config, 8)
+        assert shape == SHAPES[name]
