@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ktmoe.backends import TABLE
-from ktmoe.packed import PackedModel
+from ktmoe.backends.kt import PackedModel
 from ktmoe.types import KTError
 
 
@@ -53,7 +53,7 @@ class KTConfig:
     """
 
     kt_backend: str = _key(
-        "auto", "What computes the routed experts: AMXBF16, AMXInt8 (kt_kernel), torch, reference, or auto."
+        "auto", "What computes the routed experts: AMXBF16 and AMXInt8 (the kernel), torch, reference, or auto."
     )
     kt_num_threads: int | None = _key(
         None, "CPU threads of the kernel. Default: the physical cores that the process may use."

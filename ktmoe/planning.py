@@ -7,8 +7,8 @@ import os
 import psutil
 
 from ktmoe.backends import TABLE, Plan, kt
+from ktmoe.backends.kt import PackedLayer, PackedModel
 from ktmoe.config import KTConfig
-from ktmoe.packed import PackedLayer, PackedModel
 from ktmoe.types import ExpertWeights, KTError, MoEShape
 from ktmoe.validation import check_shape
 

@@ -6,8 +6,8 @@ import itertools
 
 import torch
 
-from ktmoe import autograd, experts, packed, validation
-from ktmoe.backends.kt import extension, kernel, objects
+from ktmoe import autograd, experts, validation
+from ktmoe.backends.kt import extension, kernel, objects, packed
 from ktmoe.backends.kt.extension import Host
 from ktmoe.backends.kt.kernel import KernelBackend
 from ktmoe.config import KTConfig

@@ -28,11 +28,11 @@ from ktmoe.backends import build
 from ktmoe.backends.kt import kernel as kernel_module
 from ktmoe.backends.kt.extension import Host
 from ktmoe.backends.kt.kernel import KernelBackend
+from ktmoe.backends.kt.packed import PackedModel
 from ktmoe.cli import app
 from ktmoe.convert.quantize import pack, quantize_model
 from ktmoe.gate import contract
 from ktmoe.models.attaching import attach, moe_layers
-from ktmoe.packed import PackedModel
 from ktmoe.planning import find_packed, plan
 from ktmoe.types import MoEShape
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from ktmoe.backends import kt, reference, torch
+from ktmoe.backends.kt import PackedLayer
 from ktmoe.backends.row import Limits, Plan, Row
 from ktmoe.backends.torch import TorchBackend
 from ktmoe.interface import Backend
 from ktmoe.notices import say_once
-from ktmoe.packed import PackedLayer
 from ktmoe.types import ExpertWeights, MoEShape
 
 

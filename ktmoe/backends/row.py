@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 
 if TYPE_CHECKING:
+    from ktmoe.backends.kt import PackedLayer
     from ktmoe.interface import Backend
-    from ktmoe.packed import PackedLayer
     from ktmoe.types import ExpertWeights, MoEShape
 
 

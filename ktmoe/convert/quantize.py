@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 import ktmoe
 from ktmoe.backends import kt
-from ktmoe.packed import (
+from ktmoe.backends.kt import (
     FILES,
     FORMAT,
     MANIFEST,
@@ -163,7 +163,7 @@ def _hashes(layer: PackedLayer) -> dict[str, list[int | str]]:
 
 
 def _numbers(names: list[str]) -> list[int]:
-    """The layers' numbers in their model, which name their folders as in kt_kernel's own files."""
+    """The layers' numbers in their model, which name their folders as in the kernel's own files."""
     found = [re.search(r"\.(\d+)\.", name) for name in names]
     numbers = [int(match[1]) for match in found if match]
     return numbers if len(set(numbers)) == len(names) else list(range(len(names)))

@@ -5,8 +5,8 @@ from __future__ import annotations
 from functools import partial
 
 from ktmoe.backends.kt import extension, kernel
+from ktmoe.backends.kt.packed import PackedLayer
 from ktmoe.backends.row import Limits, Plan, Row
-from ktmoe.packed import PackedLayer
 from ktmoe.types import ExpertWeights, KTError, MoEShape
 
 
