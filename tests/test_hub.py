@@ -93,7 +93,7 @@ def test_no_such_model(tmp_path):
     for call in (
         lambda: ktmoe.load_model("me/nothing", REFERENCE),
         lambda: ktmoe.merge_adapter("me/nothing", "me/adapter", tmp_path / "out"),
-        lambda: quantize.quantize("me/nothing", tmp_path / "out"),
+        lambda: quantize.quantize_model("me/nothing", tmp_path / "out"),
     ):
         with pytest.raises(KTError, match="me/nothing"):
             call()

@@ -233,7 +233,7 @@ def test_merge_and_quantize_read_the_same(folder, tmp_path, monkeypatch):
         return
     monkeypatch.setattr(quantize, "pack", lambda layers, *_: layers)
     ours = {n: m.weights for n, m in moe_layers(ktmoe.load_model(path, REFERENCE, r=4)).items()}
-    for name, read in quantize.quantize(path, tmp_path / "packed").items():
+    for name, read in quantize.quantize_model(path, tmp_path / "packed").items():
         for mine, other in zip(plain(read), plain(ours[name]), strict=True):
             assert torch.equal(mine, other)
 
@@ -293,7 +293,7 @@ def test_an_adapter_beside_the_model_is_not_left_out(sources, adapter_in, tmp_pa
     adapted = adapter_in(path)
     for read in (
         lambda: ktmoe.load_model(path, REFERENCE, r=4),
-        lambda: quantize.quantize(path, tmp_path / "out"),
+        lambda: quantize.quantize_model(path, tmp_path / "out"),
         lambda: ktmoe.merge_adapter(path, tmp_path / "adapter", tmp_path / "out"),
     ):
         with pytest.raises(KTError, match=r"model: holds an adapter.* Move it .*ktmoe\.load_adapter"):

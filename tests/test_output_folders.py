@@ -272,7 +272,7 @@ def check_whole(out, there, expected):
 @pytest.mark.parametrize("place", [a_link_to_another_disk, a_link_to_nothing_yet_on_another_disk])
 def test_packed_weights_on_another_disk(place, made, other_disk, tmp_path):
     out = place(tmp_path, other_disk)
-    quantize.quantize(made[0] / "model", out)
+    quantize.quantize_model(made[0] / "model", out)
     assert list(other_disk.rglob("manifest.json"))
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
@@ -281,15 +281,15 @@ def test_packed_weights_on_another_disk(place, made, other_disk, tmp_path):
 def test_packed_weights_in_a_mount_point(made, tmp_path, monkeypatch):
     (tmp_path / "lost+found").mkdir()
     monkeypatch.chdir(tmp_path)
-    assert len(quantize.quantize(made[0] / "model", ".")) == 3
-    assert len(quantize.quantize(made[0] / "model", ".")) == 3
+    assert len(quantize.quantize_model(made[0] / "model", ".")) == 3
+    assert len(quantize.quantize_model(made[0] / "model", ".")) == 3
 
 
 @pytest.mark.kernel
 def test_packing_without_space_leaves_nothing(made, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 0))
     with pytest.raises(KTError, match="GB are free"):
-        quantize.quantize(made[0] / "model", tmp_path / "deep" / "out")
+        quantize.quantize_model(made[0] / "model", tmp_path / "deep" / "out")
     assert not list(tmp_path.iterdir())
 
 

@@ -64,7 +64,7 @@ def ways(folder, made):
     return {
         "load": lambda: ktmoe.load_model(folder, REFERENCE, r=4),
         "merge": lambda: ktmoe.merge_adapter(folder, made / "adapter", folder.parent / "out"),
-        "quantize": lambda: quantize.quantize(folder, folder.parent / "packed"),
+        "quantize": lambda: quantize.quantize_model(folder, folder.parent / "packed"),
         "attach": lambda: attach(skeleton(), REFERENCE, r=4, checkpoint=Checkpoint(folder)),
     }
 

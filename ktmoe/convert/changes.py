@@ -10,10 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ktmoe.adapters.config import PREFIX, scale
-from ktmoe.adapters.files import Adapter
-from ktmoe.checkpoints.names import CheckpointNames, ExpertKey
-from ktmoe.checkpoints.reader import Checkpoint
+from ktmoe.adapters import PREFIX, Adapter, scale
+from ktmoe.checkpoints import Checkpoint, CheckpointNames, ExpertKey
 from ktmoe.types import PROJECTIONS, KTError, Lora
 
 

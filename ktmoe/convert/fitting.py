@@ -9,12 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ktmoe.adapters.config import PREFIX
-from ktmoe.adapters.files import Adapter, read_adapter
-from ktmoe.adapters.layout import checkpoint_layout
-from ktmoe.checkpoints.names import CheckpointNames
+from ktmoe.adapters import PREFIX, Adapter, checkpoint_layout, read_adapter
+from ktmoe.checkpoints import CheckpointNames
 from ktmoe.convert.changes import MERGE_THERE, parameter_of
-from ktmoe.models.families import find, names_on_disk
+from ktmoe.models import find, names_on_disk
 from ktmoe.types import KTError
 
 

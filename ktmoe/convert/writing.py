@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 from tqdm.auto import tqdm
 
-from ktmoe.checkpoints.reader import Checkpoint
+from ktmoe.checkpoints import Checkpoint
 from ktmoe.convert.changes import OutputTensor
 from ktmoe.convert.output import is_weights
 from ktmoe.types import KTError

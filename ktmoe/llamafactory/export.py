@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ktmoe.convert.merge import Merged, merge_adapter
+from ktmoe.convert import Merged, merge_adapter
 from ktmoe.types import KTError
 
 

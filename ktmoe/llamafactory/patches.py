@@ -10,15 +10,23 @@ from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
-from ktmoe.adapters import model as adapters
-from ktmoe.checkpoints.reader import Checkpoint
+from ktmoe import adapters
+from ktmoe.checkpoints import Checkpoint
 from ktmoe.llamafactory import checkpoints, keys, preflight
 from ktmoe.llamafactory.arguments import extend, kt_config
 from ktmoe.llamafactory.audio import torchaudio_stand_in
 from ktmoe.llamafactory.export import export
-from ktmoe.models.attaching import moe_layers, summary, unwrapped_layers
-from ktmoe.models.loading import check_headers, forget_fp8, stream, without_experts
-from ktmoe.models.native import native_class, native_config
+from ktmoe.models import (
+    check_headers,
+    forget_fp8,
+    moe_layers,
+    native_class,
+    native_config,
+    stream,
+    summary,
+    unwrapped_layers,
+    without_experts,
+)
 from ktmoe.types import KTError
 
 

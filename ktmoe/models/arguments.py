@@ -12,7 +12,7 @@ from typing import Any
 import transformers
 from transformers import AutoConfig, PretrainedConfig
 
-from ktmoe.checkpoints.files import HUB, refuse_adapter
+from ktmoe.checkpoints import HUB, refuse_adapter
 from ktmoe.config import KTConfig
 from ktmoe.models.native import native_class, native_config
 from ktmoe.types import KTError

@@ -13,10 +13,7 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from ktmoe.checkpoints.files import HUB, OPTIONS
-from ktmoe.checkpoints.names import CheckpointNames
-from ktmoe.checkpoints.quantised import is_fp8, refuse_quantised
-from ktmoe.checkpoints.reader import Checkpoint
+from ktmoe.checkpoints import HUB, OPTIONS, Checkpoint, CheckpointNames, is_fp8, refuse_quantised
 from ktmoe.config import KTConfig
 from ktmoe.models.arguments import (
     PLACES,
@@ -68,6 +65,12 @@ def load_model(
         KTError: an argument that does not exist or has no meaning here; a quantised checkpoint; shards that are
             missing, damaged, incomplete or of another model; or as `attach`.
         KernelError: the kernel failed a check.
+
+    Examples:
+        >>> config = ktmoe.KTConfig(kt_backend="torch")
+        >>> model = ktmoe.load_model(model_path, config, lora=peft.LoraConfig(r=8, target_modules="all-linear"))
+        >>> model(input_ids=torch.tensor([[1, 2, 3]]), labels=torch.tensor([[1, 2, 3]])).loss.backward()
+        >>> model.save_pretrained(new_path)  # the adapter, as stock peft reads it
     """
     given, kt_config = configurations(config, kt_config)
     check_arguments(from_pretrained)
