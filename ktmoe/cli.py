@@ -139,7 +139,7 @@ def verify(
 def merge(
     model: Annotated[str, typer.Argument(help="The base model: a folder with safetensors, or a hub name.")],
     adapter: Annotated[str, typer.Argument(help="The LoRA adapter: a folder, or a hub name.")],
-    out: Annotated[Path, typer.Argument(help="Where the merged model goes: a folder that is not there yet.")],
+    out: Annotated[Path, typer.Argument(help="Where the merged model goes: a folder, new or without a model in it.")],
 ) -> None:
     """Merge an adapter into its base model: a plain checkpoint that transformers and serving engines load.
 

@@ -43,7 +43,7 @@ def quantize_model(
     """Packs a checkpoint's routed experts, layer by layer.
 
     Args:
-        model: a directory with safetensors, or a name on the hub.
+        model: a directory, or a name on the hub; the files are those that transformers reads.
         out: a folder, new or left by an earlier run: layers that are whole are not made again.
         tp: parts of tensor parallelism. They are part of the format: as many as the run that loads it will have.
         threads: of the kernel; default: the cores that the process may use.
