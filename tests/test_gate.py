@@ -69,7 +69,7 @@ def test_a_full_check_runs_at_every_start(name, cache, monkeypatch):
     monkeypatch.setattr(gate, "_run_gate", lambda about, level: ran.append(level) or [])
     dtypes = []
     real = gate.probe_problems
-    monkeypatch.setattr(gate, "probe_problems", lambda *args: dtypes.append(args[3]) or real(*args))
+    monkeypatch.setattr(gate, "probe_problems", lambda *args: dtypes.append(args[3].dtype) or real(*args))
     for _ in range(2):
         MoEExperts(weights(), top_k=2, r=4, config=config)
     assert ran == ["full", "full"]
@@ -117,7 +117,7 @@ class Broken:
 
     def __init__(self, backend, fault):
         self.backend, self.fault = backend, fault
-        self.shape, self.compute_dtype = backend.shape, backend.compute_dtype
+        self.shape, self.compute_dtype, self.int8 = backend.shape, backend.compute_dtype, backend.int8
 
     def forward(self, inputs, *, save):
         out, ticket = self.backend.forward(inputs, save=save)
@@ -144,25 +144,26 @@ class Broken:
 )
 def test_the_contract_rejects_faults(name, fault):
     backend, case = loaded(name, SMALL)
-    rows = contract.measure(case, contract.answer(Broken(backend, fault), case), contract.specification(case))
+    expected = contract.specification(case, int8=backend.int8)
+    rows = contract.measure(case, contract.answer(Broken(backend, fault), case), expected)
     assert bool(contract.violations(rows, contract.HARD[name])) == (fault is not None)
 
 
 @every_kernel
-@pytest.mark.parametrize("dtype", [level.probe_dtype for level in gate.LEVELS.values()])
-def test_the_load_probe_finds_a_swapped_and_a_misread_expert(name, dtype):
+@pytest.mark.parametrize("depth", [level.probe for level in gate.LEVELS.values()])
+def test_the_load_probe_finds_a_swapped_and_a_misread_expert(name, depth):
     """The kernel was given other weights than the source holds: its own numbers are consistent, and wrong."""
     backend, case = loaded(name, SMALL)
     limits = contract.HARD[name]
-    assert gate.probe_problems(backend, case.weights, limits, dtype, True) == []
+    assert gate.probe_problems(backend, case.weights, limits, depth, True) == []
     swapped = case.weights.up_proj[torch.tensor([0, 2, 1, 3])]
-    found = gate.probe_problems(backend, dataclasses.replace(case.weights, up_proj=swapped), limits, dtype, True)
+    found = gate.probe_problems(backend, dataclasses.replace(case.weights, up_proj=swapped), limits, depth, True)
     assert {f.split(":")[0] for f in found} == {
         f"{n} of expert {e}" for n in ("output", "input gradient") for e in (1, 2)
     }
     torn = case.weights.down_proj.clone()
     torn[3, 40:] = 0
-    found = gate.probe_problems(backend, dataclasses.replace(case.weights, down_proj=torn), limits, dtype, False)
+    found = gate.probe_problems(backend, dataclasses.replace(case.weights, down_proj=torn), limits, depth, False)
     assert {f.split(":")[0] for f in found} >= {"output of expert 3"}
 
 

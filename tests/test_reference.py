@@ -226,7 +226,7 @@ def test_int8_is_near_the_exact_formula(lora):
         answers.append([out, *torch.autograd.grad(out.sin().sum(), leaves)])
     for int8, exact in zip(*answers, strict=True):
         error = ((int8 - exact).abs().mean() / exact.abs().mean()).item()
-        assert 0.002 < error < 0.06
+        assert 0.002 < error < 0.1
 
 
 def test_imports_torch_alone():

@@ -89,7 +89,7 @@ class _Int8Linear(torch.autograd.Function):
 
 
 def _round_bf16(x: Tensor) -> Tensor:
-    rounded: Tensor = _Bf16.apply(x)  # type: ignore[no-untyped-call]
+    rounded: Tensor = _Bf16.apply(x)
     return rounded
 
 
@@ -118,7 +118,7 @@ def int8_expert_forward(
     """
 
     def linear(name: str, x: Tensor, weight: Tensor) -> Tensor:
-        y = _round_bf16(_Int8Linear.apply(x, weight, requantised))  # type: ignore[no-untyped-call]
+        y = _round_bf16(_Int8Linear.apply(x, weight, requantised))
         if lora is None:
             return y
         return _round_bf16(y + scaling * (x @ lora[f"{name}.lora_A"].T @ lora[f"{name}.lora_B"].T))
@@ -167,6 +167,7 @@ def int8_experts_forward(
             if token.numel() == 0:
                 continue
             lora_e = {name: tensor[e].to(x.dtype) for name, tensor in part.items()} if lora else None
-            y = int8_expert_forward(x[token], *(w[e].to(x.dtype) for w in weights), lora_e, scaling, requantised)
+            gate, up, down = (w[e].to(x.dtype) for w in weights)
+            y = int8_expert_forward(x[token], gate, up, down, lora_e, scaling, requantised)
             out = out.index_add(0, token, y * top_k_weights[token, slot, None].to(x.dtype))
     return _round_bf16(out)

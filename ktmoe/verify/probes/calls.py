@@ -10,7 +10,7 @@ from ktmoe_reference import LORA_NAMES
 from ktmoe.config import KTConfig
 from ktmoe.experts import MoEExperts
 from ktmoe.gate import contract
-from ktmoe.verify.probes.trap import SHAPE, drawn, load, module, refused, tensors, trap, wrong
+from ktmoe.verify.probes.trap import SHAPE, drawn, far, load, module, refused, tensors, trap, wrong
 
 
 @trap(1, "more tokens than the capacity: segfault")
@@ -88,7 +88,7 @@ def _extreme_gates(name: str) -> list[str]:
     x = case.hidden_states.clone()
     x[3] *= 60
     x[7] *= 3000
-    return wrong(load(name, case), replace(case, hidden_states=x))
+    return far(load(name, case), replace(case, hidden_states=x))
 
 
 @trap(16, "one token that is NaN: finite LoRA gradients that are wrong")

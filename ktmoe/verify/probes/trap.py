@@ -55,9 +55,16 @@ def load(name: str, case: contract.Case, **options: Any) -> KernelBackend:
 
 
 def wrong(backend: KernelBackend, case: contract.Case) -> list[str]:
-    """The contract for one call."""
-    rows = contract.measure(case, contract.answer(backend, case), contract.specification(case))
+    """The contract for one call, by the backend's own arithmetic."""
+    expected = contract.specification(case, int8=backend.int8)
+    rows = contract.measure(case, contract.answer(backend, case), expected)
     return contract.violations(rows, contract.EXPECTED[backend.name])
+
+
+def far(backend: KernelBackend, case: contract.Case) -> list[str]:
+    """As `wrong`, for a call of which some tokens are computed exactly and others in 8 bits."""
+    rows = contract.measure(case, contract.answer(backend, case), contract.specification(case))
+    return contract.violations(rows, contract.DRAWN_INT8 if backend.int8 else contract.EXPECTED[backend.name])
 
 
 def forward(backend: KernelBackend, case: contract.Case, save: bool = True) -> Callable[[], Gradients]:
