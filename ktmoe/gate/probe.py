@@ -72,6 +72,11 @@ def probe_problems(
     return found
 
 
+def token_generator(seed: int) -> torch.Generator:
+    """Where the probe's tokens and gradients come from."""
+    return torch.Generator().manual_seed(seed)
+
+
 def _over(limits: Limits, errors: list[Tensor]) -> list[Tensor]:
     """Errors as multiples of their limits, 0 where they are within; infinite where there is no number."""
     shares = [e / limit for e, limit in zip(errors, (limits.forward, limits.backward), strict=False)]
@@ -92,7 +97,7 @@ def _errors(
         always: whether every expert is compared in 8 bits.
     """
     n = backend.shape.num_experts
-    g = torch.Generator().manual_seed(seed)
+    g = token_generator(seed)
     x = torch.randn(n, backend.shape.hidden_size, generator=g).to(torch.bfloat16)  # [E, H]
     grad = torch.randn(n, backend.shape.hidden_size, generator=g).to(torch.bfloat16) if gradient else None
     # torch first: the kernel's threads spin on for 50 ms after a task, and would triple what torch takes.
