@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,9 +11,10 @@ from helpers import KERNEL_BACKENDS, SMALL, loaded, run_python, weights
 
 from ktmoe import KernelError, KTConfig, KTError, MoEExperts
 from ktmoe.backends import plan
+from ktmoe.backends.kt.kernel import KernelBackend
 from ktmoe.backends.torch import TorchBackend
 from ktmoe.cli import run
-from ktmoe.gate import certificate, contract, gate
+from ktmoe.gate import certificate, contract, distance, gate, probe
 from ktmoe.types import ExpertWeights
 
 
@@ -283,3 +285,80 @@ def test_a_cache_that_cannot_be_written_is_no_failure(tmp_path, monkeypatch):
     with pytest.warns(UserWarning, match="certificate cannot be kept"):
         certificate.write(about)
     assert not certificate.exists(about)
+
+
+INT8 = pytest.param("AMXInt8", marks=[pytest.mark.kernel])
+
+
+@pytest.mark.parametrize("name", [INT8])
+@pytest.mark.parametrize("share_backward", [True, False])
+@pytest.mark.parametrize("change", [None, "exact", "another backward copy", "another number of parts"])
+def test_an_int8_kernel_is_judged_by_the_arithmetic_that_it_is_built_for(name, share_backward, change):
+    case = contract.draw_case(dataclasses.replace(SMALL, hidden_size=128, intermediate_size=128), 64, 0)
+    backend = Broken(KernelBackend(name, case.weights, case.shape, scaling=2.0, share_backward=share_backward), None)
+    backend.name = name
+    if change == "exact":
+        backend.int8 = None
+    elif change == "another backward copy":
+        backend.int8 = dataclasses.replace(backend.int8, requantised=not share_backward)
+    elif change == "another number of parts":
+        backend.int8 = dataclasses.replace(backend.int8, tp=2)
+    assert bool(contract.judge(backend, case, contract.HARD[name])) == (change is not None)
+
+
+@pytest.mark.parametrize("name", [INT8])
+def test_an_int8_kernel_in_parts_passes(name):
+    case = contract.draw_case(dataclasses.replace(SMALL, hidden_size=128, intermediate_size=256), 64, 0)
+    for tp in (1, 2, 4):
+        backend = KernelBackend(name, case.weights, case.shape, scaling=2.0, tp=tp, threads=tp)
+        assert contract.judge(backend, case, contract.HARD[name]) == []
+
+
+@pytest.mark.parametrize("name", [INT8])
+def test_layer_after_layer_the_probe_asks_int8_about_other_experts(name, monkeypatch):
+    """A kernel that is slightly wrong for one expert, too little to stand out, is found within 16 layers."""
+    case = contract.draw_case(dataclasses.replace(SMALL, num_experts=20), 1, 0)
+    backend, asked = KernelBackend(name, case.weights, case.shape), []
+    real = probe._in_8_bits
+    monkeypatch.setattr(probe, "_in_8_bits", lambda *args: asked.append(args[2]) or real(*args))
+    monkeypatch.setattr(probe, "_FAR", float("inf"))
+    monkeypatch.setattr(probe, "_LENGTH", float("inf"))
+    for _ in range(16):
+        assert (
+            probe.probe_problems(backend, case.weights, contract.HARD[name], gate.LEVELS["quick"].probe, False) == []
+        )
+    assert sorted(asked) == list(range(20))
+    asked.clear()
+    probe.probe_problems(backend, case.weights, contract.HARD[name], full, False)
+    assert sorted(asked) == list(range(20))
+
+
+@pytest.mark.parametrize("name", [INT8])
+@pytest.mark.parametrize(
+    ("first", "second", "refused"),
+    [(0.03, 0.001, False), (0.03, 0.03, True), (0.2, 0.001, True), (float("nan"), 0.001, True)],
+)
+def test_one_token_whose_largest_number_was_rounded_the_other_way_is_no_fault(
+    name, monkeypatch, first, second, refused
+):
+    backend, case = loaded(name, SMALL)
+    answers = iter([first, second])
+    monkeypatch.setattr(probe, "_errors", lambda *args, **kwargs: [torch.full((4,), next(answers))])
+    found = probe.probe_problems(backend, case.weights, contract.HARD[name], gate.LEVELS["quick"].probe, False)
+    assert bool(found) == refused
+
+
+def test_how_far_the_format_is_is_one_sentence():
+    near, far = SimpleNamespace(name="AMXInt8"), SimpleNamespace(name="AMXInt8")
+    near.distance = [torch.tensor([0.02, 0.03])]
+    far.distance = [torch.tensor([0.05, 0.18]), torch.tensor([0.26, 0.04])]
+    assert distance.sentence({"a": SimpleNamespace(name="AMXBF16", distance=())}) == ""
+    said = distance.sentence({"layers.0": near})
+    assert "2.5 % from bf16" in said
+    assert "at most 3.0 %: layers.0, expert 1" in said
+    assert "15 % forward, 25 % backward" in said
+    assert "above" not in said
+    said = distance.sentence({"layers.0": near, "layers.1": far})
+    assert "7.0 % from bf16" in said
+    assert "layers.1, expert 1" in said
+    assert "2 experts are above that" in said
