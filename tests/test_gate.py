@@ -14,7 +14,7 @@ from ktmoe.backends import plan
 from ktmoe.backends.kt.kernel import KernelBackend
 from ktmoe.backends.torch import TorchBackend
 from ktmoe.cli import run
-from ktmoe.gate import certificate, contract, distance, gate, probe
+from ktmoe.gate import certificate, contract, distance, gate, load_probe
 from ktmoe.types import ExpertWeights
 
 
@@ -319,17 +319,17 @@ def test_layer_after_layer_the_probe_asks_int8_about_other_experts(name, monkeyp
     """A kernel that is slightly wrong for one expert, too little to stand out, is found within 16 layers."""
     case = contract.draw_case(dataclasses.replace(SMALL, num_experts=20), 1, 0)
     backend, asked = KernelBackend(name, case.weights, case.shape), []
-    real = probe._in_8_bits
-    monkeypatch.setattr(probe, "_in_8_bits", lambda *args: asked.append(args[2]) or real(*args))
-    monkeypatch.setattr(probe, "_FAR", float("inf"))
-    monkeypatch.setattr(probe, "_LENGTH", float("inf"))
+    real = load_probe._in_8_bits
+    monkeypatch.setattr(load_probe, "_in_8_bits", lambda *args: asked.append(args[2]) or real(*args))
+    monkeypatch.setattr(load_probe, "_FAR", float("inf"))
+    monkeypatch.setattr(load_probe, "_LENGTH", float("inf"))
     for _ in range(16):
         assert (
-            probe.probe_problems(backend, case.weights, contract.HARD[name], gate.LEVELS["quick"].probe, False) == []
+            load_probe.probe_problems(backend, case.weights, contract.HARD[name], gate.LEVELS["quick"].probe, False) == []
         )
     assert sorted(asked) == list(range(20))
     asked.clear()
-    probe.probe_problems(backend, case.weights, contract.HARD[name], full, False)
+    load_probe.probe_problems(backend, case.weights, contract.HARD[name], full, False)
     assert sorted(asked) == list(range(20))
 
 
@@ -343,8 +343,8 @@ def test_one_token_whose_largest_number_was_rounded_the_other_way_is_no_fault(
 ):
     backend, case = loaded(name, SMALL)
     answers = iter([first, second])
-    monkeypatch.setattr(probe, "_errors", lambda *args, **kwargs: [torch.full((4,), next(answers))])
-    found = probe.probe_problems(backend, case.weights, contract.HARD[name], gate.LEVELS["quick"].probe, False)
+    monkeypatch.setattr(load_probe, "_errors", lambda *args, **kwargs: [torch.full((4,), next(answers))])
+    found = load_probe.probe_problems(backend, case.weights, contract.HARD[name], gate.LEVELS["quick"].probe, False)
     assert bool(found) == refused
 
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from ktmoe.backends.kt.kernel import KernelBackend
 from ktmoe.gate import contract
 from ktmoe.gate.gate import LEVELS
-from ktmoe.gate.probe import probe_problems
+from ktmoe.gate.load_probe import probe_problems
 from ktmoe.types import ExpertWeights
 
 
@@ -97,7 +97,7 @@ def test_no_seed_of_the_load_probe_refuses_a_right_kernel(name, mlps, monkeypatc
     backend, real, refused = make(name, take(mlps, range(30))), torch.Generator.manual_seed, {}
     for seed in range(100):
         monkeypatch.setattr(
-            "ktmoe.gate.probe.token_generator", lambda n, seed=seed: real(torch.Generator(), 1000 * seed + n)
+            "ktmoe.gate.load_probe.token_generator", lambda n, seed=seed: real(torch.Generator(), 1000 * seed + n)
         )
         if found := probe_problems(backend, mlps, contract.HARD[name], LEVELS["full"].probe, True):
             refused[seed] = found

@@ -22,7 +22,7 @@ from ktmoe.backends import Plan, build, say_once
 from ktmoe.backends.kt import kernel
 from ktmoe.config import KTConfig
 from ktmoe.gate import certificate, contract
-from ktmoe.gate.probe import Depth, probe_problems
+from ktmoe.gate.load_probe import Depth, probe_problems
 from ktmoe.interface import Backend
 from ktmoe.types import ExpertWeights, KernelError, KTError, MoEShape
 
