@@ -10,11 +10,12 @@ import torch
 from helpers import KERNEL_BACKENDS, SMALL, loaded, run_python, weights
 
 from ktmoe import KernelError, KTConfig, KTError, MoEExperts
-from ktmoe.backends import plan
-from ktmoe.backends.kt.kernel import KernelBackend
+from ktmoe.backends import TABLE
+from ktmoe.backends.kt import KernelBackend
 from ktmoe.backends.torch import TorchBackend
 from ktmoe.cli import run
 from ktmoe.gate import certificate, contract, distance, gate, load_probe
+from ktmoe.planning import plan
 from ktmoe.types import ExpertWeights
 
 
@@ -83,7 +84,7 @@ def test_a_full_check_runs_at_every_start(name, cache, monkeypatch):
 def test_switched_off_checks_are_announced(name, cache, monkeypatch):
     monkeypatch.setattr(gate, "_run_gate", lambda *args: pytest.fail("checked"))
     monkeypatch.setattr(gate, "probe_problems", lambda *args: pytest.fail("checked"))
-    monkeypatch.setattr("ktmoe.backends._said", set())
+    monkeypatch.setattr("ktmoe.notices._said", set())
     with pytest.warns(UserWarning, match=f"kt_verify: off, so nothing has checked that {name}"):
         MoEExperts(weights(), top_k=2, r=4, config=KTConfig(kt_backend=name, kt_verify=False, kt_max_len=64))
 
@@ -148,7 +149,7 @@ def test_the_contract_rejects_faults(name, fault):
     backend, case = loaded(name, SMALL)
     expected = contract.specification(case, int8=backend.int8)
     rows = contract.measure(case, contract.answer(Broken(backend, fault), case), expected)
-    assert bool(contract.violations(rows, contract.HARD[name])) == (fault is not None)
+    assert bool(contract.violations(rows, TABLE[name].required)) == (fault is not None)
 
 
 @every_kernel
@@ -156,7 +157,7 @@ def test_the_contract_rejects_faults(name, fault):
 def test_the_load_probe_finds_a_swapped_and_a_misread_expert(name, depth):
     """The kernel was given other weights than the source holds: its own numbers are consistent, and wrong."""
     backend, case = loaded(name, SMALL)
-    limits = contract.HARD[name]
+    limits = TABLE[name].required
     assert gate.probe_problems(backend, case.weights, limits, depth, True) == []
     swapped = case.weights.up_proj[torch.tensor([0, 2, 1, 3])]
     found = gate.probe_problems(backend, dataclasses.replace(case.weights, up_proj=swapped), limits, depth, True)
@@ -193,7 +194,7 @@ def test_threads_stay_within_what_the_process_may_use():
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
         from helpers import SMALL
         from ktmoe import KTConfig
-        from ktmoe.backends import plan
+        from ktmoe.planning import plan
         print(plan(KTConfig(), SMALL).threads, plan(KTConfig(kt_num_threads=3), SMALL).threads)
     """)
     assert done.stdout == "1 3\n", done.stderr
@@ -280,7 +281,7 @@ def test_a_damaged_certificate_is_not_believed(cache, content):
 def test_a_cache_that_cannot_be_written_is_no_failure(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("KTMOE_CACHE_DIR", str(tmp_path / "file"))
-    monkeypatch.setattr("ktmoe.backends._said", set())
+    monkeypatch.setattr("ktmoe.notices._said", set())
     about = certificate.subject(plan(KTConfig(kt_backend="torch"), SMALL), SMALL)
     with pytest.warns(UserWarning, match="certificate cannot be kept"):
         certificate.write(about)
@@ -303,7 +304,7 @@ def test_an_int8_kernel_is_judged_by_the_arithmetic_that_it_is_built_for(name, s
         backend.int8 = dataclasses.replace(backend.int8, requantised=not share_backward)
     elif change == "another number of parts":
         backend.int8 = dataclasses.replace(backend.int8, tp=2)
-    assert bool(contract.judge(backend, case, contract.HARD[name])) == (change is not None)
+    assert bool(contract.judge(backend, case, TABLE[name].required)) == (change is not None)
 
 
 @pytest.mark.parametrize("name", [INT8])
@@ -311,7 +312,7 @@ def test_an_int8_kernel_in_parts_passes(name):
     case = contract.draw_case(dataclasses.replace(SMALL, hidden_size=128, intermediate_size=256), 64, 0)
     for tp in (1, 2, 4):
         backend = KernelBackend(name, case.weights, case.shape, scaling=2.0, tp=tp, threads=tp)
-        assert contract.judge(backend, case, contract.HARD[name]) == []
+        assert contract.judge(backend, case, TABLE[name].required) == []
 
 
 @pytest.mark.parametrize("name", [INT8])
@@ -323,13 +324,12 @@ def test_layer_after_layer_the_probe_asks_int8_about_other_experts(name, monkeyp
     monkeypatch.setattr(load_probe, "_in_8_bits", lambda *args: asked.append(args[2]) or real(*args))
     monkeypatch.setattr(load_probe, "_FAR", float("inf"))
     monkeypatch.setattr(load_probe, "_LENGTH", float("inf"))
+    quick, full = (level.probe for level in gate.LEVELS.values())
     for _ in range(16):
-        assert (
-            load_probe.probe_problems(backend, case.weights, contract.HARD[name], gate.LEVELS["quick"].probe, False) == []
-        )
+        assert load_probe.probe_problems(backend, case.weights, TABLE[name].required, quick, False) == []
     assert sorted(asked) == list(range(20))
     asked.clear()
-    load_probe.probe_problems(backend, case.weights, contract.HARD[name], full, False)
+    load_probe.probe_problems(backend, case.weights, TABLE[name].required, full, False)
     assert sorted(asked) == list(range(20))
 
 
@@ -344,7 +344,7 @@ def test_one_token_whose_largest_number_was_rounded_the_other_way_is_no_fault(
     backend, case = loaded(name, SMALL)
     answers = iter([first, second])
     monkeypatch.setattr(load_probe, "_errors", lambda *args, **kwargs: [torch.full((4,), next(answers))])
-    found = load_probe.probe_problems(backend, case.weights, contract.HARD[name], gate.LEVELS["quick"].probe, False)
+    found = load_probe.probe_problems(backend, case.weights, TABLE[name].required, gate.LEVELS["quick"].probe, False)
     assert bool(found) == refused
 
 

@@ -9,7 +9,8 @@ from helpers import KERNEL_BACKENDS
 from mutants import GRADIENTS, INPUTS, OUTPUT, WEIGHTS, Mutant, mutants
 from safetensors.torch import load_file
 
-from ktmoe.backends.kt.kernel import KernelBackend
+from ktmoe.backends import TABLE
+from ktmoe.backends.kt import KernelBackend
 from ktmoe.gate import contract
 from ktmoe.gate.gate import LEVELS
 from ktmoe.gate.load_probe import probe_problems
@@ -55,7 +56,7 @@ def test_every_mutant_is_rejected_on_real_weights(name, mlps):
     passed = []
     for fault, backend in mutants(case, functools.partial(make, name)).items():
         backend.name = name
-        if not contract.judge(backend, case, contract.HARD[name]):
+        if not contract.judge(backend, case, TABLE[name].required):
             passed.append(fault)
     assert passed == []
     assert len([*INPUTS, *WEIGHTS, *OUTPUT, *GRADIENTS]) >= 40
@@ -68,7 +69,7 @@ def test_a_right_kernel_passes_the_contract_on_real_weights(name, mlps, share_ba
         case = case_of(mlps, seed)
         sound = Mutant(make(name, case.weights, share_backward))
         sound.name = name
-        assert contract.judge(sound, case, contract.HARD[name]) == []
+        assert contract.judge(sound, case, TABLE[name].required) == []
 
 
 @every_kernel
@@ -78,16 +79,16 @@ def test_the_load_probe_finds_what_was_packed_wrongly(name, mlps, fault):
     ids = list(range(20, 30))
     weights = take(mlps, ids)
     backend = make(name, WEIGHTS[fault](weights))
-    assert probe_problems(backend, weights, contract.HARD[name], LEVELS["quick"].probe, False)
+    assert probe_problems(backend, weights, TABLE[name].required, LEVELS["quick"].probe, False)
 
 
 @every_kernel
 def test_the_load_probe_passes_every_expert_of_the_model(name, mlps):
     backend = make(name, take(mlps, range(30)))
     for level in LEVELS.values():
-        assert probe_problems(backend, mlps, contract.HARD[name], level.probe, True) == []
+        assert probe_problems(backend, mlps, TABLE[name].required, level.probe, True) == []
     if name == "AMXInt8":
-        assert backend.distance[0].max() > 5 * contract.HARD[name].forward / 2  # from bf16 it would have failed
+        assert backend.distance[0].max() > 5 * TABLE[name].required.forward / 2  # from bf16 it would have failed
 
 
 @every_kernel
@@ -99,6 +100,6 @@ def test_no_seed_of_the_load_probe_refuses_a_right_kernel(name, mlps, monkeypatc
         monkeypatch.setattr(
             "ktmoe.gate.load_probe.token_generator", lambda n, seed=seed: real(torch.Generator(), 1000 * seed + n)
         )
-        if found := probe_problems(backend, mlps, contract.HARD[name], LEVELS["full"].probe, True):
+        if found := probe_problems(backend, mlps, TABLE[name].required, LEVELS["full"].probe, True):
             refused[seed] = found
     assert refused == {}

@@ -5,6 +5,7 @@ import json
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
@@ -13,8 +14,8 @@ from test_devices import CONFIG
 from transformers import AutoModelForCausalLM
 
 from ktmoe import KTError, cli
-from ktmoe.backends import KERNEL_BACKENDS
-from ktmoe.backends.kt import kernel
+from ktmoe.backends import KERNEL_BACKENDS, TABLE, Limits, kt
+from ktmoe.backends.kt import extension, kernel
 from ktmoe.types import MoEShape
 from ktmoe.verify import accuracy, environment, plots, report, results, throughput, traps, weights
 
@@ -45,6 +46,10 @@ def with_weights(tmp_path):
     return str(tmp_path / "with-weights")
 
 
+def _set(monkeypatch, **changes):
+    monkeypatch.setitem(TABLE, "AMXInt8", replace(TABLE["AMXInt8"], **changes))
+
+
 @pytest.mark.kernel
 def test_a_models_own_weights_are_measured(with_weights, tmp_path, monkeypatch, capsys):
     assert weights.main(["--model", with_weights, "--output", str(tmp_path)]) == 0
@@ -54,14 +59,14 @@ def test_a_models_own_weights_are_measured(with_weights, tmp_path, monkeypatch, 
     assert [one["backend"] for one in layers] == [b for b in KERNEL_BACKENDS for _ in range(len(layers) // 2)]
     assert all(len(row) == 4 for one in layers for row in one["own"] + one["exact"])
     for one in layers:
-        limit = accuracy.contract.EXPECTED[one["backend"]]
+        limit = TABLE[one["backend"]].expected
         assert max(one["own"][0]) <= limit.forward
         assert max(one["own"][1]) <= limit.backward
     assert "format from bf16" in said
-    monkeypatch.setitem(accuracy.contract.AIMED_AT, "AMXInt8", accuracy.contract.Limits(0.001, 0.001, 1))
+    _set(monkeypatch, aimed_at=Limits(0.001, 0.001, 1))
     assert weights.main(["--model", with_weights]) == 0  # no verdict
     assert "further from bf16 than was aimed at" in capsys.readouterr().out
-    monkeypatch.setitem(accuracy.contract.EXPECTED, "AMXInt8", accuracy.contract.Limits(1e-9, 1e-9, 1))
+    _set(monkeypatch, expected=Limits(1e-9, 1e-9, 1))
     assert weights.main(["--model", with_weights]) == 1
 
 
@@ -85,8 +90,9 @@ def test_weights_are_measured_where_they_are(with_weights, model, tmp_path, monk
 
 @pytest.mark.parametrize("allowed", [False, True])
 def test_without_a_kernel_nothing_looks_verified(model, tmp_path, monkeypatch, capsys, allowed):
-    monkeypatch.setattr(kernel, "available", lambda: False)
-    monkeypatch.setattr(kernel, "variant", lambda: "no such CPU")
+    monkeypatch.setattr(extension, "available", lambda: False)
+    monkeypatch.setattr(kt, "available", lambda: False)
+    monkeypatch.setattr(kt, "variant", lambda: "no such CPU")
     options = ["--output", str(tmp_path), *(["--allow-unverified"] if allowed else [])]
     for section, more in ((accuracy, ["--model", model]), (traps, []), (throughput, ["--model", model])):
         assert section.main([*options, *more]) == (0 if allowed else 1)
@@ -104,7 +110,7 @@ def test_a_kernel_that_cannot_take_the_shape_is_not_called_verified(model, capsy
 
 
 def test_an_error_beyond_its_limit_fails_the_section(model, tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(accuracy.contract.EXPECTED, "torch", accuracy.contract.Limits(1e-9, 1e-9, 1e-9))
+    monkeypatch.setitem(TABLE, "torch", replace(TABLE["torch"], expected=Limits(1e-9, 1e-9, 1e-9)))
     assert accuracy.main(["--model", model, "--output", str(tmp_path), "--allow-unverified"]) == 1
     assert "accuracy FAILED" in capsys.readouterr().out
     assert json.loads((tmp_path / "accuracy.json").read_text())["problems"]

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import torch
 
-from ktmoe.gate.contract import AIMED_AT
+from ktmoe.backends import TABLE
 from ktmoe.interface import Backend
 
 
@@ -20,7 +20,7 @@ def sentence(layers: Mapping[str, Backend]) -> str:
     if not found:
         return ""
     kind = next(iter(found.values())).name
-    limits = AIMED_AT[kind]
+    limits = TABLE[kind].aimed_at
     means, worst, above = [], (0.0, ""), 0
     for name, backend in found.items():
         output = backend.distance[0]

@@ -15,8 +15,7 @@ import torch
 from ktmoe_reference import int8_experts_forward
 from torch import Tensor
 
-from ktmoe.backends.torch import TorchBackend
-from ktmoe.gate.contract import Limits
+from ktmoe.backends import Limits, TorchBackend
 from ktmoe.interface import Backend
 from ktmoe.types import ExpertWeights, KTError
 from ktmoe.validation import make_inputs

@@ -19,10 +19,10 @@ from rich.markup import escape
 from rich.progress import track
 from rich.table import Table
 
-from ktmoe.backends import KERNEL_BACKENDS, build, plan
-from ktmoe.backends.kt import kernel
+from ktmoe.backends import KERNEL_BACKENDS, TABLE, build, kt
 from ktmoe.config import KTConfig
 from ktmoe.gate import contract
+from ktmoe.planning import plan
 from ktmoe.types import MoEShape
 from ktmoe.verify import results
 
@@ -52,7 +52,7 @@ class Run:
 
     def as_json(self) -> dict[str, Any]:
         """Everything, with the limits."""
-        limits = asdict(contract.EXPECTED[self.backend])
+        limits = asdict(TABLE[self.backend].expected)
         rows = {
             key: [
                 {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in asdict(m).items()}
@@ -75,7 +75,7 @@ def run(backend_name: str, shape_name: str, shape: MoEShape, seed: int) -> Run:
     rows = contract.measure(case, answer, contract.specification(case, dtype, backend.int8))
     exact = contract.measure(case, answer, contract.specification(case, dtype)) if backend.int8 else []
     backend.close()
-    problems = contract.violations(rows, contract.EXPECTED[backend_name])
+    problems = contract.violations(rows, TABLE[backend_name].expected)
     precision = str(dtype).removeprefix("torch.")
     return Run(backend_name, shape_name, shape, precision, rows, exact, problems, time.perf_counter() - start)
 
@@ -99,8 +99,8 @@ def table(runs: list[Run], variant: str) -> Table:
         out.add_row(("" if name == "output" else "grad ") + name, *cells)
     out.add_section()
     for label, key in (("limit forward", "forward"), ("limit backward", "backward")):
-        held = [f"{100 * getattr(contract.EXPECTED[r.backend], key):.2f}" for r in runs]
-        aimed = [f"aimed at: {100 * getattr(contract.AIMED_AT[r.backend], key):.0f}" for r in runs if r.exact]
+        held = [f"{100 * getattr(TABLE[r.backend].expected, key):.2f}" for r in runs]
+        aimed = [f"aimed at: {100 * getattr(TABLE[r.backend].aimed_at, key):.0f}" for r in runs if r.exact]
         out.add_row(label, *held, *aimed)
     out.add_row("verdict", *("[red]FAIL[/]" if r.problems else "[green]pass[/]" for r in runs))
     return out
@@ -115,7 +115,7 @@ def main(argv: list[str] | None = None) -> int:
     results.add_model_arguments(parser)
     args = parser.parse_args(argv)
     console = results.console()
-    variant = f"{kernel.variant()} {args.label}".strip()
+    variant = f"{kt.variant()} {args.label}".strip()
     shapes = results.model_shapes(args) or SHAPES
     todo = [(b, name, shape) for name, shape in shapes.items() for b in results.backends_for(shape, console)]
     steps = track(todo, "Accuracy", console=console, disable=not console.is_terminal)

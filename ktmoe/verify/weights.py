@@ -15,12 +15,12 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
-from ktmoe.backends import KERNEL_BACKENDS, build, plan
-from ktmoe.backends.kt import kernel
-from ktmoe.checkpoints.reader import Checkpoint
+from ktmoe.backends import KERNEL_BACKENDS, TABLE, build, kt
+from ktmoe.checkpoints import Checkpoint
 from ktmoe.config import KTConfig
 from ktmoe.gate import contract
-from ktmoe.models.attaching import expert_shapes, experts_in
+from ktmoe.models import expert_shapes, experts_in
+from ktmoe.planning import plan
 from ktmoe.types import ExpertWeights, KTError, Lora, MoEShape
 from ktmoe.verify import results
 
@@ -84,7 +84,7 @@ def measure(backend_name: str, layer_name: str, weights: ExpertWeights, top_k: i
             errors.append([((a.float() - b).abs().mean() / b.abs().mean()).item() for a, b in pairs])
     backend.close()
     found = torch.tensor(own).T  # [2, E]
-    limits = contract.EXPECTED[backend_name]
+    limits = TABLE[backend_name].expected
     problems = [
         f"{backend_name}, {layer_name}, expert {e}: {what} is {found[i, e]:.4g} from the backend's own arithmetic, "
         f"limit {limit}"
@@ -108,7 +108,7 @@ def _case(shape: MoEShape, weights: ExpertWeights, seed: int) -> contract.Case:
 def table(layers: list[Layer]) -> Table:
     """Per layer, in per cent: mean over experts / worst expert, with its number."""
     kind = layers[0].backend
-    aimed, held = contract.AIMED_AT[kind], contract.EXPECTED[kind]
+    aimed, held = TABLE[kind].aimed_at, TABLE[kind].expected
     out = Table(title=f"{kind} on the model's own weights, %: mean of experts / worst one (its number)")
     columns = ["output, kernel", "gradient, kernel"]
     if kind == "AMXInt8":
@@ -129,7 +129,7 @@ def above(layers: list[Layer]) -> str:
     """Which experts' format is further from bf16 than was aimed at; "" for none. No verdict on the kernel."""
     far = []
     for one in layers:
-        aimed = contract.AIMED_AT[one.backend]
+        aimed = TABLE[one.backend].aimed_at
         beyond = (one.exact[0] > aimed.forward) | (one.exact[1] > aimed.backward)
         far += [f"{one.name} expert {e}" for e in beyond.nonzero().flatten().tolist()]
     if not far:
@@ -174,10 +174,10 @@ def main(argv: list[str] | None = None) -> int:
             console.print(note, style="yellow", markup=False, highlight=False)
     problems = [p for rows in found.values() for one in rows for p in one.problems]
     data = {
-        "variant": kernel.variant(),
+        "variant": kt.variant(),
         "seed": args.seed,
         "tokens": TOKENS,
-        "aimed_at": {b: vars(contract.AIMED_AT[b]) for b in found},
+        "aimed_at": {b: vars(TABLE[b].aimed_at) for b in found},
         "layers": [one.as_json() for rows in found.values() for one in rows],
     }
     summary = f"weights: {len(layers)} layers of the model agree with their arithmetic ({', '.join(found)})"

@@ -11,9 +11,9 @@ from pathlib import Path
 import psutil
 import torch
 
-from ktmoe.backends.kt.kernel import valid_tp
+from ktmoe.backends.kt import valid_tp
 from ktmoe.config import KTConfig
-from ktmoe.convert.quantize import pack
+from ktmoe.convert import pack
 from ktmoe.experts import MoEExperts
 from ktmoe.gate import contract
 from ktmoe.types import ExpertWeights

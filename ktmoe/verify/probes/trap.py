@@ -10,7 +10,8 @@ import torch
 from ktmoe_reference import LORA_NAMES
 from torch import Tensor
 
-from ktmoe.backends.kt.kernel import KernelBackend
+from ktmoe.backends import TABLE
+from ktmoe.backends.kt import KernelBackend
 from ktmoe.config import KTConfig
 from ktmoe.experts import MoEExperts
 from ktmoe.gate import contract
@@ -58,13 +59,13 @@ def wrong(backend: KernelBackend, case: contract.Case) -> list[str]:
     """The contract for one call, by the backend's own arithmetic."""
     expected = contract.specification(case, int8=backend.int8)
     rows = contract.measure(case, contract.answer(backend, case), expected)
-    return contract.violations(rows, contract.EXPECTED[backend.name])
+    return contract.violations(rows, TABLE[backend.name].expected)
 
 
 def far(backend: KernelBackend, case: contract.Case) -> list[str]:
     """As `wrong`, for a call of which some tokens are computed exactly and others in 8 bits."""
     rows = contract.measure(case, contract.answer(backend, case), contract.specification(case))
-    return contract.violations(rows, contract.DRAWN_INT8 if backend.int8 else contract.EXPECTED[backend.name])
+    return contract.violations(rows, contract.DRAWN_INT8 if backend.int8 else TABLE[backend.name].expected)
 
 
 def forward(backend: KernelBackend, case: contract.Case, save: bool = True) -> Callable[[], Gradients]:
