@@ -3,18 +3,34 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
 
     from ktmoe.types import Gradients, Inputs, MoEShape
 
 
 STATELESS = 0  # the ticket of a backend that keeps nothing between forward and backward
+
+
+@dataclass(frozen=True)
+class Int8:
+    """How an INT8 backend is built, as far as its numbers depend on it (`ktmoe_reference.int8_experts_forward`).
+
+    Attributes:
+        requantised: whether the backward copies of the weights are quantised from the forward's 8 bits.
+        tp: parts of I, each quantised by itself.
+    """
+
+    requantised: bool
+    tp: int
 
 
 class Backend(ABC):
@@ -28,12 +44,17 @@ class Backend(ABC):
         shape: what it was built for.
         compute_dtype: the dtype that `Inputs.hidden_states` must have.
         reloaded: whether the weights are in an object that held another layer's before.
+        int8: for backends that compute in 8 bits, which are judged by that arithmetic; None for the others.
+        distance: how far an 8-bit format is from the exact formula on this layer, as the load probe found it: of the
+            output, [E], and perhaps of the input gradient. Empty if nobody looked.
     """
 
     name: str
     shape: MoEShape
     compute_dtype: torch.dtype
     reloaded: bool = False
+    int8: Int8 | None = None
+    distance: Sequence[Tensor] = ()
 
     @abstractmethod
     def forward(self, inputs: Inputs, *, save: bool) -> tuple[Tensor, int]:

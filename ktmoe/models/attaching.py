@@ -18,7 +18,9 @@ from ktmoe.backends import TABLE, is_kernel
 from ktmoe.checkpoints import Checkpoint
 from ktmoe.config import KTConfig
 from ktmoe.experts import MoEExperts
+from ktmoe.gate import distance
 from ktmoe.models.families import Layer, expert_modules, find, names_on_disk, put_back
+from ktmoe.notices import say_once
 from ktmoe.planning import plan
 from ktmoe.types import ExpertWeights, KTError, MoEShape
 
@@ -110,15 +112,18 @@ def attach(
 
 
 def _load(layers: dict[str, MoEExperts], rank: int, streamed: bool) -> None:
-    """Loads every layer into its backend, with a bar that shows bytes per second."""
+    """Loads every layer into its backend, with a bar that shows bytes per second; says how far its format is off."""
     packs = is_kernel(next(iter(layers.values())).plan)
     what = f"{'Packing' if packs else 'Mapping'} experts{' from disk' if streamed else ''}"
     size = sum(experts.weights.nbytes() for experts in layers.values())
     quiet = len(layers) < 8 or not (packs or streamed)
     with tqdm(total=size, desc=what, unit="B", unit_scale=True, disable=quiet) as bar:
-        for experts in layers.values():
-            experts.load(rank)
+        loaded = {}
+        for name, experts in layers.items():
+            loaded[name] = experts.load(rank)
             bar.update(experts.weights.nbytes())
+    if found := distance.sentence(loaded):
+        say_once(f"ktmoe: {found}")
 
 
 def _mend(block: Any, experts: MoEExperts) -> None:

@@ -42,12 +42,13 @@ def _largest_tp(name: str, shape: MoEShape) -> int:
     return kernel.valid_tp(name, shape, len(extension.numa_nodes()))
 
 
-def _row(name: str, required: Limits, expected: Limits, takes_packed: bool = False) -> Row:
+def _row(name: str, required: Limits, expected: Limits, aimed_at: Limits, takes_packed: bool = False) -> Row:
     return Row(
         name,
         _build,
         required,
         expected,
+        aimed_at,
         describe=lambda: f"kt_kernel ({extension.variant()})",
         refuse_shape=partial(_refuse_shape, name),
         refuse_host=_refuse_host,
@@ -57,5 +58,7 @@ def _row(name: str, required: Limits, expected: Limits, takes_packed: bool = Fal
     )
 
 
-BF16 = _row("AMXBF16", Limits(0.05, 0.10, 0.005), Limits(0.01, 0.015, 0.005))
-INT8 = _row("AMXInt8", Limits(0.15, 0.25, 0.01), Limits(0.035, 0.04, 0.01), takes_packed=True)
+# By the arithmetic that each has INT8 is held as closely as BF16, on weights with outliers too.
+_REQUIRED = Limits(0.02, 0.03, 0.005)
+BF16 = _row("AMXBF16", _REQUIRED, Limits(0.01, 0.015, 0.005), Limits(0.05, 0.10, 0.005))
+INT8 = _row("AMXInt8", _REQUIRED, Limits(0.01, 0.012, 0.005), Limits(0.15, 0.25, 0.01), takes_packed=True)
