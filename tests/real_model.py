@@ -1,6 +1,6 @@
 """A real language model for tests and benchmarks: SmolLM2-135M-Instruct, and a mixture of experts computing the same.
 
-`examples/demo/upcycle.py` makes both, once per machine and set of versions. They take 1.9 GB in the user's cache folder.
+`examples/demo/upcycle.py` makes both, once per machine and set of versions; 1.9 GB in the user's cache folder.
 """
 
 import hashlib
