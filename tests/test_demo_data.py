@@ -1,4 +1,4 @@
-"""The demo's data: nothing leaks from training into evaluation, on every Python the same, and the tokenizer is right."""
+"""The demo's data: no leak from training into evaluation, the same on every Python; and a tokenizer that is right."""
 
 from __future__ import annotations
 

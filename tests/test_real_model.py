@@ -1,8 +1,8 @@
 """An oracle that nobody here wrote: a mixture of equal experts computes what the dense language model computes.
 
-SmolLM2-135M-Instruct, upcycled to eight experts of which two compute each token. Their weights add up to 1, so outputs,
-gradients and generated text must be the dense model's, up to the rounding of the format that a backend computes in. How
-much that is, the dense model says itself, its MLPs computed in that format.
+SmolLM2-135M-Instruct, upcycled to eight experts of which two compute each token. Their weights add up to 1, so
+outputs, gradients and generated text must be the dense model's, up to the rounding of the format that a backend
+computes in. How much that is, the dense model says itself, its MLPs computed in that format.
 The tests that run by default take the first four layers: real weights with real outliers, in seconds.
 """
 
@@ -126,7 +126,7 @@ def generate(model, batch, **options):
 
 @pytest.fixture(scope="module")
 def forced(generation):
-    """Logits [B, N, V] of generating with a cache what the dense model generates, whatever the model would rather say."""
+    """Logits [B, N, V] of generating, with a cache, what the dense model generates."""
     batch, tokens = generation
     length = batch["input_ids"].shape[1]
 

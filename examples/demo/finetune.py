@@ -15,11 +15,12 @@ EXAMPLES = Path(__file__).resolve().parent.parent
 STAGES = {
     "sft": {
         "yaml": "qwen3_moe_lora_sft_kt.yaml", "dataset": TRAIN, "eval_dataset": HELD_OUT,
-        "per_device_train_batch_size": 8, "learning_rate": 2e-4, "max_steps": 32, "eval_steps": 16,
+        "per_device_train_batch_size": 8, "learning_rate": 2e-4, "max_steps": 30, "eval_steps": 15,
     },
     "dpo": {
         "yaml": "qwen3_moe_lora_dpo_kt.yaml", "dataset": PREFERENCES, "eval_dataset": HELD_OUT_PREFERENCES,
-        "per_device_train_batch_size": 4, "learning_rate": 5e-5, "max_steps": 24, "eval_steps": 12,
+        "per_device_train_batch_size": 4, "learning_rate": 1e-4, "max_steps": 24, "eval_steps": 24,
+        "pref_ftx": 1.0,  # and learn to give the preferred answer, which the model would never give by itself
     },
 }  # fmt: skip
 # Question, answer and template take some 40 tokens: little to compute with, and no memory to save.

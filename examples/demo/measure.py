@@ -39,18 +39,16 @@ def pairs_of(data: Path) -> list[tuple[str, str]]:
 
 
 def report(model: Any, tokenizer: Any, data: Path, samples: int) -> dict[str, Any]:
-    """Held-out loss, greedy answers of the first questions, and, where there are preferences, how many it shares."""
+    """Held-out loss, greedy answers of the first questions, and the losses of preferred and other answers, if any."""
     pairs = pairs_of(data)
     losses, tokens = answer_losses(model, tokenizer, pairs)
     questions = [question for question, _ in pairs[:samples]]
     result = {"loss": (losses.sum() / tokens.sum()).item(), "answers": answers(model, tokenizer, questions)}
     if (data / f"{HELD_OUT_PREFERENCES}.json").exists():
         records = read(data, HELD_OUT_PREFERENCES)
-        means = []
         for side in ("chosen", "rejected"):
-            sums, counts = answer_losses(model, tokenizer, [(r["instruction"], r[side]) for r in records])
-            means.append(sums / counts)
-        result["prefers"] = (means[0] < means[1]).double().mean().item()
+            losses, tokens = answer_losses(model, tokenizer, [(r["instruction"], r[side]) for r in records])
+            result[side] = (losses.sum() / tokens.sum()).item()
     return result
 
 

@@ -24,7 +24,7 @@ from rich.console import Console
 
 
 HERE = Path(__file__).resolve().parent
-HELD_OUT_QUESTIONS = 64
+HELD_OUT_QUESTIONS = 48
 console = Console()
 
 
