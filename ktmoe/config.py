@@ -15,6 +15,7 @@ from ktmoe.types import KTError
 
 BACKENDS = ("AMXBF16", "AMXInt8", "torch", "reference", "auto")
 SHARE_BACKWARD = ("auto", "on", "off")
+ACTIVATION = ("auto", "retain", "recompute")
 FALLBACK = ("error", "torch")
 VERIFY = ("quick", "full", "off")
 
@@ -65,6 +66,11 @@ class KTConfig:
         "auto",
         "One repacked backward buffer for all layers (on, less memory) or a copy per layer (off, faster). auto: on.",
     )
+    kt_cpu_activation: str = _key(
+        "auto",
+        "Whether a layer keeps its experts' input and output, so that gradient checkpointing does not compute them "
+        "again: retain, recompute, or auto (keep while a tenth of the memory is free).",
+    )
     kt_verify: str = _key(
         "quick",
         "How the kernel is checked before it is used: quick (seconds, once per shape, then each layer as it is "
@@ -79,6 +85,7 @@ class KTConfig:
         for name, choices in (
             ("kt_backend", BACKENDS),
             ("kt_share_backward", SHARE_BACKWARD),
+            ("kt_cpu_activation", ACTIVATION),
             ("kt_verify", VERIFY),
             ("kt_fallback", FALLBACK),
         ):

@@ -211,6 +211,10 @@ class KernelBackend(Backend):
             grads.merge_rows(bad, self._exact_backward(inputs.rows(bad), grad_output[bad]))
             return grads
 
+    def holds(self, ticket: int) -> bool:
+        """See `Backend.holds`. A ticket of a call in chunks numbers nothing: its backward runs every chunk anyway."""
+        return ticket in (STATELESS, self._cached)
+
     def close(self) -> None:
         """Gives the kernel object to the next layer of the same kind: destroyed, it would leak its weights (K22)."""
         if os.getpid() != self._host.pid:  # a forked child has a copy of an object that only its parent can use
