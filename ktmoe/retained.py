@@ -114,7 +114,8 @@ class RetainedForwards(Backend):
 
     def _keep(self, inputs: Inputs, out: Tensor, ticket: int) -> None:
         lora = inputs.lora
-        self._lora = [_copy(t, old) for t, old in zip(lora, self._lora or [None] * len(LORA_NAMES))] if lora else []
+        old = self._lora or [None] * len(LORA_NAMES)
+        self._lora = [_copy(t, into) for t, into in zip(lora, old, strict=True)] if lora else []
         self._kept = _Forward(
             # The index was made for this call; the others may be the caller's own, to be written to.
             hidden_states=inputs.hidden_states.clone(),

@@ -24,6 +24,7 @@ from ktmoe.backends.torch import TorchBackend
 from ktmoe.config import KTConfig
 from ktmoe.gate import certificate, contract
 from ktmoe.interface import Backend
+from ktmoe.retained import RetainedForwards
 from ktmoe.types import ExpertWeights, KernelError, KTError, MoEShape
 from ktmoe.validation import make_inputs
 
@@ -169,7 +170,7 @@ def run_contract(about: dict[str, Any], level: str) -> list[str]:
         return ["the checking process has another ktmoe, kernel or CPU than this one"]
     for seed in range(LEVELS[level].seeds):
         case = contract.draw_case(shape, case_tokens(level, shape), seed)
-        backend = build(plan, case.weights, shape, case.lora.scaling)
+        backend = RetainedForwards(build(plan, case.weights, shape, case.lora.scaling), "retain")
         problems = contract.judge(backend, case, contract.HARD[plan.backend])
         backend.close()
         if problems:

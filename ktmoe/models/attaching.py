@@ -21,6 +21,7 @@ from ktmoe.checkpoints.reader import Checkpoint
 from ktmoe.config import KTConfig
 from ktmoe.experts import MoEExperts
 from ktmoe.models.families import Layer, expert_modules, find, names_on_disk, put_back
+from ktmoe.retained import bytes_per_token
 from ktmoe.types import ExpertWeights, KTError, MoEShape
 
 
@@ -262,7 +263,23 @@ def summary(model: nn.Module) -> list[str]:
         f"ktmoe: {len(layers)} MoE layers x {first.num_experts} experts, {size:.3g} GB of {first.weights.dtype} "
         f"weights in host memory; everything else on {', '.join(sorted(rest)) or 'cpu'}",
         f"ktmoe: trainable parameters: {of_experts:,} in expert LoRA, {others:,} elsewhere",
+        _activation(layers, 4 * of_experts),
     ]
+
+
+def _activation(layers: list[MoEExperts], lora_bytes: int) -> str:
+    """What is kept for gradient checkpointing, and how much memory it takes."""
+    mode = layers[0].config.kt_cpu_activation
+    if mode == "recompute":
+        return "ktmoe: kt_cpu_activation: recompute: gradient checkpointing runs the experts' forward twice"
+    dtype = torch.float32 if layers[0].plan.backend == "reference" else torch.bfloat16
+    per_token = sum(bytes_per_token(m.shape(1), dtype) for m in layers) / 1e3
+    limit = "" if mode == "retain" else " while a tenth of the memory is free"
+    return (
+        f"ktmoe: kt_cpu_activation: {mode}: gradient checkpointing does not run the experts' forward twice{limit}: "
+        f"their inputs and outputs are kept ({per_token:,.0f} kB for each token of a batch, all layers together), and "
+        f"a copy of their LoRA ({lora_bytes / 1e6:,.0f} MB)"
+    )
 
 
 _SAVING = ("save_pretrained", "push_to_hub")
