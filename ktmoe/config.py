@@ -52,7 +52,7 @@ class KTConfig:
         "auto", "What computes the routed experts: AMXBF16, AMXInt8 (kt_kernel), torch, reference, or auto."
     )
     kt_num_threads: int | None = _key(
-        None, "CPU threads of the kernel. Default: the physical cores that the process may use."
+        None, "CPU threads of the kernel. Default: measured, up to the physical cores that the process may use."
     )
     kt_tp_enabled: bool = _key(
         False, "One pool of threads per NUMA node (at most 4), each holding a slice of every expert."
@@ -64,7 +64,8 @@ class KTConfig:
     kt_max_len: int | None = _key(None, "Tokens per kernel call; longer inputs run in chunks. Default: 4096.")
     kt_share_backward: str = _key(
         "auto",
-        "One repacked backward buffer for all layers (on, less memory) or a copy per layer (off, faster). auto: on.",
+        "One repacked backward buffer for all layers (on, less memory) or a copy per layer (off, faster). auto: a "
+        "copy where memory is there.",
     )
     kt_cpu_activation: str = _key(
         "auto",

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ktmoe.autograd import run_experts
 from ktmoe.backends import Plan, build, find_packed, plan, say_once
 from ktmoe.config import KTConfig
+from ktmoe.gate.choice import bf16_bytes, settle
 from ktmoe.gate.gate import ensure_verified, probe
 from ktmoe.interface import Backend
 from ktmoe.retained import RetainedForwards
@@ -57,15 +58,17 @@ class MoEExperts(nn.Module):
         self.scaling = checked_scaling(r if lora_alpha is None else lora_alpha, r) if r else 1.0
         self._backend: RetainedForwards | None = None
         self.original: tuple[nn.Module, ...] = ()  # what it stands for in a model; no submodule
-        self.plan: Plan = plan(self.config, self.shape(max(r, 1)))
+        shape = self.shape(max(r, 1))
+        self.config = settle(self.config, shape, bf16_bytes(shape))
+        self.plan: Plan = plan(self.config, shape)
         # Read by peft for the device to put an adapter on, and by code that asks an experts module for its dtype.
         self.weight = torch.empty(0, dtype=weights.dtype, device="cpu")
         if r:
             self.lora_A = nn.ParameterDict()
             self.lora_B = nn.ParameterDict()
-            for name, shape in self.shape(r).lora_shapes().items():
+            for name, size in self.shape(r).lora_shapes().items():
                 projection, side = name.split(".")
-                getattr(self, side)[projection] = nn.Parameter(init_lora(shape, side))
+                getattr(self, side)[projection] = nn.Parameter(init_lora(size, side))
             self.load(r, self.scaling)
 
     @property

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -57,6 +58,7 @@ class RetainedForwards(Backend):
         """
         self.backend, self.mode = backend, mode
         self.name, self.shape, self.compute_dtype = backend.name, backend.shape, backend.compute_dtype
+        self.threads = backend.threads
         self.reloaded, self.scaling = backend.reloaded, getattr(backend, "scaling", 1.0)
         self.bets = mode != "recompute"
         self.answered = 0
@@ -114,7 +116,7 @@ class RetainedForwards(Backend):
 
     def _keep(self, inputs: Inputs, out: Tensor, ticket: int) -> None:
         lora = inputs.lora
-        old = self._lora or [None] * len(LORA_NAMES)
+        old: Sequence[Tensor | None] = self._lora or [None] * len(LORA_NAMES)
         self._lora = [_copy(t, into) for t, into in zip(lora, old, strict=True)] if lora else []
         self._kept = _Forward(
             # The index was made for this call; the others may be the caller's own, to be written to.

@@ -70,7 +70,8 @@ def plan(config: KTConfig, shape: MoEShape) -> Plan:
         if not kernel.available():
             unused = ", and kt_weight_path is of no use" if config.kt_weight_path else ""
             wanted, note = "torch", f"no SFT kernel on this host{unused}: {kernel.variant()}"
-    threads = config.kt_num_threads or usable_cores()
+    # One core is the queue's, whose thread spins while the others compute, and the caller's.
+    threads = config.kt_num_threads or max(1, usable_cores() - 1)
     tp = 1
     if config.kt_tp_enabled and wanted in KERNEL_BACKENDS:
         tp = kernel.valid_tp(wanted, shape, len(kernel.numa_nodes()))

@@ -20,6 +20,7 @@ from ktmoe.backends.kt import kernel
 from ktmoe.checkpoints.reader import Checkpoint
 from ktmoe.config import KTConfig
 from ktmoe.experts import MoEExperts
+from ktmoe.gate.choice import bf16_bytes, settle
 from ktmoe.models.families import Layer, expert_modules, find, names_on_disk, put_back
 from ktmoe.retained import bytes_per_token
 from ktmoe.types import ExpertWeights, KTError, MoEShape
@@ -68,6 +69,7 @@ def attach(
         weights = {name: layer.weights(tensors[name]) for name, layer in found.items()}
         if checkpoint is not None:
             weights = _on_disk(model, found, checkpoint)
+        config = _settle(config, found, weights, rank or 1)
         for name, layer in found.items():
             if checkpoint is None and any(t.is_meta for t in tensors[name].values()):
                 raise KTError(
@@ -102,6 +104,15 @@ def attach(
             experts.close()
         _allow_saving(model)
         raise
+
+
+def _settle(config: KTConfig, found: dict[str, Layer], weights: dict[str, ExpertWeights], rank: int) -> KTConfig:
+    """Decides what is `auto`, once for all layers: by the largest of them."""
+    shapes = [
+        MoEShape(w.num_experts, w.hidden_size, w.intermediate_size, found[name].top_k, rank)
+        for name, w in weights.items()
+    ]
+    return settle(config, max(shapes, key=bf16_bytes), sum(map(bf16_bytes, shapes)))
 
 
 def _load(layers: dict[str, MoEExperts], rank: int, streamed: bool) -> None:
@@ -249,7 +260,9 @@ def summary(model: nn.Module) -> list[str]:
     if first.plan.is_kernel:
         checked = "NOT verified (kt_verify: off)" if first.config.kt_verify == "off" else "verified on this machine"
         pools = f", {first.plan.tp} NUMA pools" if first.plan.tp > 1 else ""
-        where = f"kt_kernel ({kernel.variant()}), {first.plan.threads} threads{pools}, {checked}"
+        threads = f"{first.plan.threads} thread{'s' if first.plan.threads != 1 else ''}{pools}"
+        copies = "shared by all layers" if first.plan.share_backward else "of each layer's own"
+        where = f"kt_kernel ({kernel.variant()}), {threads}, backward weights {copies}, {checked}"
     fallen = [m for m in layers if m.plan.backend != first.plan.backend]
     others_too = f"; {len(fallen)} layers on {fallen[0].plan.backend}" if fallen else ""
     size = sum(m.weights.nbytes() for m in layers) / 1e9

@@ -19,12 +19,12 @@ from ktmoe_reference import LORA_NAMES
 from torch import Tensor
 
 from ktmoe.backends.kt.extension import Host, available, extension_path, numa_nodes, quiet, variant, version
-from ktmoe.backends.kt.objects import KernelObject, contiguous, create
+from ktmoe.backends.kt.objects import KernelObject, contiguous, create, gradient_buffers
 from ktmoe.backends.kt.staging import staging
 from ktmoe.backends.torch import TorchBackend
 from ktmoe.checkpoints.packed import PackedLayer
 from ktmoe.interface import STATELESS, Backend
-from ktmoe.types import PROJECTIONS, ExpertWeights, Gradients, Inputs, KTError, MoEShape
+from ktmoe.types import PROJECTIONS, ExpertWeights, Gradients, Inputs, KTError, Lora, MoEShape
 
 
 __all__ = [
@@ -41,6 +41,7 @@ __all__ = [
 _GRANULE = {"AMXBF16": 32, "AMXInt8": 64}  # K2: H and I / TP must be multiples
 _MAX_RANK = 128  # the largest rank ever checked against a reference
 _MAX_TP = 4  # K17: the merge of five and more parts sums only the first four
+_ROWS = torch.contiguous_format
 _TICKETS = itertools.count(STATELESS + 1)
 
 
@@ -95,6 +96,9 @@ class KernelBackend(Backend):
     """
 
     compute_dtype = torch.bfloat16
+    # The kernel's threads spin on their cores for 50 ms after a task. Several threads of torch would wait for one of
+    # those cores, a scheduler's tick each time; what there is to copy and to look at takes one of them less.
+    threads = 1
 
     def __init__(
         self,
@@ -197,7 +201,9 @@ class KernelBackend(Backend):
     def backward(self, ticket: int, inputs: Inputs, grad_output: Tensor) -> Gradients:
         """See `Backend.backward`."""
         with self._running():
-            self._refresh(inputs)
+            # The LoRA of cached activations is the kernel's own copy of it, as it was in their forward.
+            if ticket == STATELESS or ticket != self._cached:
+                self._refresh(inputs)
             grads = self._backward(ticket, inputs, grad_output)
             sound = _sound_rows(inputs, grad_output, grads)
             if sound.all():
@@ -205,6 +211,7 @@ class KernelBackend(Backend):
             # Those tokens are computed in fp32 from the source weights, and the others again without them.
             good, bad = sound.nonzero().squeeze(-1), (~sound).nonzero().squeeze(-1)
             grads = Gradients(grads.hidden_states, grads.top_k_weights, None)
+            self._refresh(inputs)
             rest = self._backward(STATELESS, inputs.rows(good), grad_output[good].contiguous())
             grads.merge_rows(good, rest)
             grads.lora = rest.lora
@@ -307,6 +314,7 @@ class KernelBackend(Backend):
         """Backward of all rows, in chunks; LoRA gradients leave the kernel in bf16 and add up in fp32 (K13)."""
         grad_x = torch.empty_like(inputs.hidden_states)  # [T, H]
         grad_w = torch.empty_like(inputs.top_k_weights)  # [T, K]
+        buffers = gradient_buffers(self.shape)  # K14: never null, even without LoRA
         total: list[Tensor] | None = None
         start = 0
         for chunk in self._chunks(inputs):
@@ -315,28 +323,35 @@ class KernelBackend(Backend):
             # K6, K7: the rows of the cached forward are those of this call, or the forward is run again.
             if ticket == STATELESS or ticket != self._cached:
                 self._forward(chunk, True)
-            # K14: never null, even without LoRA. K28: zeroed here; at an address that it was given before, the kernel
-            # takes the rows of idle experts for zero and leaves them as they are.
-            grads = [torch.zeros_like(t) for t in self._lora]
-            pointers = [t.data_ptr() for t in (grad_output[rows], grad_x[rows], *grads, grad_w[rows])]
+            pointers = [t.data_ptr() for t in (grad_output[rows], grad_x[rows], *buffers, grad_w[rows])]
             self._host.run(self._moe.backward_task(*pointers, 0, 0, 0, False, 1.0))
             self._cached = STATELESS  # the backward takes the activations off the cache
             if inputs.lora is not None:
-                parts = [g.float() for g in grads]
+                parts = self._take(buffers, chunk, inputs.lora)
                 total = parts if total is None else [t.add_(p) for t, p in zip(total, parts, strict=True)]
-        return Gradients(grad_x, grad_w, self._unpad(total, inputs))
+        if inputs.lora is not None and total is None:  # no token at all
+            total = [torch.zeros(s) for s in self.shape.lora_shapes(inputs.lora.rank).values()]
+        return Gradients(grad_x, grad_w, total)
 
-    def _unpad(self, total: list[Tensor] | None, inputs: Inputs) -> list[Tensor] | None:
-        """Takes the rank's padding off, and the chain rule through a rescaled B."""
-        if inputs.lora is None:
-            return None
-        r, ratio = inputs.lora.rank, inputs.lora.scaling / self.scaling
-        shapes = self.shape.lora_shapes()
-        total = total or [torch.zeros(s, dtype=torch.float32) for s in shapes.values()]  # no token at all
-        return [
-            (t[..., :r] * ratio).contiguous() if name.endswith("lora_B") else t[:, :r].contiguous()
-            for name, t in zip(shapes, total, strict=True)
-        ]
+    def _take(self, buffers: list[Tensor], chunk: Inputs, lora: Lora) -> list[Tensor]:
+        """LoRA gradients out of the kernel's buffers, in fp32: the rank's padding off, idle experts zero.
+
+        K28: the kernel does not write the rows of idle experts. What they hold is another call's.
+        """
+        r, ratio = lora.rank, lora.scaling / self.scaling
+        used = torch.bincount(chunk.top_k_index.flatten() + 1, minlength=self.shape.num_experts + 1)[1:]
+        idle = (used == 0).nonzero().squeeze(-1)  # [number of idle experts]
+        found = []
+        for name, buffer in zip(LORA_NAMES, buffers, strict=True):
+            is_b = name.endswith("lora_B")
+            grad = torch.empty_like(
+                buffer[..., :r] if is_b else buffer[:, :r], dtype=torch.float32, memory_format=_ROWS
+            )
+            grad.copy_(buffer[..., :r] if is_b else buffer[:, :r])
+            if is_b and ratio != 1:  # the chain rule through a rescaled B
+                grad *= ratio
+            found.append(grad.index_fill_(0, idle, 0.0) if len(idle) else grad)
+        return found
 
 
 def _sound_rows(inputs: Inputs, grad_output: Tensor, grads: Gradients) -> Tensor:
@@ -345,8 +360,15 @@ def _sound_rows(inputs: Inputs, grad_output: Tensor, grads: Gradients) -> Tensor
     K15, K16: a gate activation of -88.5 or less, or a NaN, leaves the token's row of grad_input NaN, and the LoRA
     gradients silently wrong but finite.
     """
-    rows = (grads.hidden_states, inputs.hidden_states, grad_output, inputs.top_k_weights)
-    return torch.stack([r.isfinite().all(-1) for r in rows]).all(0)
+    rows = [_finite_rows(t) for t in (grads.hidden_states, inputs.hidden_states, grad_output)]
+    return rows[0] & rows[1] & rows[2] & inputs.top_k_weights.isfinite().all(-1)
+
+
+def _finite_rows(rows: Tensor) -> Tensor:
+    """[T] bool, of bf16 [T, H]: a number is finite unless all bits of its exponent are set. `isfinite` takes ten times
+    as long in bf16.
+    """
+    return (rows.view(torch.int16) & 0x7FFF).amax(-1) < 0x7F80
 
 
 @functools.cache
