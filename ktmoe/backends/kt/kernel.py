@@ -339,8 +339,7 @@ class KernelBackend(Backend):
         K28: the kernel does not write the rows of idle experts. What they hold is another call's.
         """
         r, ratio = lora.rank, lora.scaling / self.scaling
-        used = torch.bincount(chunk.top_k_index.flatten() + 1, minlength=self.shape.num_experts + 1)[1:]
-        idle = (used == 0).nonzero().squeeze(-1)  # [number of idle experts]
+        idle = self._idle(chunk)
         found = []
         for name, buffer in zip(LORA_NAMES, buffers, strict=True):
             is_b = name.endswith("lora_B")
@@ -352,6 +351,11 @@ class KernelBackend(Backend):
                 grad *= ratio
             found.append(grad.index_fill_(0, idle, 0.0) if len(idle) else grad)
         return found
+
+    def _idle(self, chunk: Inputs) -> Tensor:
+        """Experts that no token goes to."""
+        rows = torch.bincount(chunk.top_k_index.flatten() + 1, minlength=self.shape.num_experts + 1)[1:]  # [E]
+        return (rows == 0).nonzero().squeeze(-1)
 
 
 def _sound_rows(inputs: Inputs, grad_output: Tensor, grads: Gradients) -> Tensor:
