@@ -7,7 +7,7 @@ import itertools
 import torch
 
 from ktmoe import autograd, experts, validation
-from ktmoe.backends.kt import extension, kernel, objects
+from ktmoe.backends.kt import extension, kernel, lora, objects
 from ktmoe.backends.kt.extension import Host
 from ktmoe.backends.kt.kernel import KernelBackend
 from ktmoe.checkpoints import packed
@@ -175,8 +175,8 @@ def evaluation_ends_tickets():
 def idle_experts():
     """Whatever lay in the buffers becomes the gradient of an expert without tokens."""
     KernelBackend._idle = lambda self, chunk: torch.empty(0, dtype=torch.int64)
-    real = kernel.gradient_buffers
-    kernel.gradient_buffers = lambda shape: [t.fill_(7.0) for t in real(shape)]
+    real = lora.gradient_buffers
+    lora.gradient_buffers = lambda shape: [t.fill_(7.0) for t in real(shape)]
 
 
 def task_arguments():

@@ -19,6 +19,7 @@ from ktmoe.validation import check_shape
 
 
 KERNEL_BACKENDS = ("AMXBF16", "AMXInt8")
+_TORCH_THREADS = 8  # beside the kernel, at most: they copy, which is bound by memory
 _said: set[str] = set()
 
 
@@ -70,8 +71,7 @@ def plan(config: KTConfig, shape: MoEShape) -> Plan:
         if not kernel.available():
             unused = ", and kt_weight_path is of no use" if config.kt_weight_path else ""
             wanted, note = "torch", f"no SFT kernel on this host{unused}: {kernel.variant()}"
-    # One core is the queue's, whose thread spins while the others compute, and the caller's.
-    threads = config.kt_num_threads or max(1, usable_cores() - 1)
+    threads = config.kt_num_threads or max(1, usable_cores() - cores_to_leave())
     tp = 1
     if config.kt_tp_enabled and wanted in KERNEL_BACKENDS:
         tp = kernel.valid_tp(wanted, shape, len(kernel.numa_nodes()))
@@ -84,6 +84,13 @@ def usable_cores() -> int:
     """Physical cores, but no more than this process may use: the kernel's threads wait by spinning."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(psutil.cpu_count(logical=False) or allowed, allowed)
+
+
+def cores_to_leave() -> int:
+    """Cores that the kernel's default leaves: one for its queue, whose thread spins while the others compute, and more
+    for the caller's own torch on large hosts.
+    """
+    return max(1, usable_cores() // 16)
 
 
 def find_packed(plan: Plan, weights: ExpertWeights, config: KTConfig) -> PackedLayer | None:
@@ -128,6 +135,7 @@ def build(
         max_len=plan.max_len,
         share_backward=plan.share_backward,
         packed=packed,
+        torch_threads=max(1, min(usable_cores() - plan.threads, _TORCH_THREADS)),
     )
 
 

@@ -11,7 +11,7 @@ import sys
 from dataclasses import asdict, replace
 
 from ktmoe import memory
-from ktmoe.backends import KERNEL_BACKENDS, Plan, plan, say_once, usable_cores
+from ktmoe.backends import KERNEL_BACKENDS, Plan, cores_to_leave, plan, say_once, usable_cores
 from ktmoe.config import KTConfig
 from ktmoe.gate import certificate
 from ktmoe.types import KTError, MoEShape
@@ -74,7 +74,7 @@ def _candidates(config: KTConfig, shape: MoEShape) -> list[Plan]:
     """Plans to compare. A kernel thread waits by spinning, and so does the queue's own: often one less is more."""
     kinds = ["AMXBF16", "torch"] if config.kt_backend == "auto" else [config.kt_backend]
     cores = usable_cores()
-    counts = sorted({n for n in (cores, cores - 1, cores // 2, cores // 4, 1) if n}, reverse=True)
+    counts = sorted({n for n in (cores, cores - cores_to_leave(), cores // 2, cores // 4, 1) if n > 0}, reverse=True)
     found = []
     for kind in kinds:
         one = plan(replace(config, kt_backend=kind), shape)

@@ -15,16 +15,16 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from ktmoe_reference import LORA_NAMES
 from torch import Tensor
 
+from ktmoe.backends.kt import lora
 from ktmoe.backends.kt.extension import Host, available, extension_path, numa_nodes, quiet, variant, version
-from ktmoe.backends.kt.objects import KernelObject, contiguous, create, gradient_buffers
+from ktmoe.backends.kt.objects import KernelObject, contiguous, create
 from ktmoe.backends.kt.staging import staging
 from ktmoe.backends.torch import TorchBackend
 from ktmoe.checkpoints.packed import PackedLayer
 from ktmoe.interface import STATELESS, Backend
-from ktmoe.types import PROJECTIONS, ExpertWeights, Gradients, Inputs, KTError, Lora, MoEShape
+from ktmoe.types import PROJECTIONS, ExpertWeights, Gradients, Inputs, KTError, MoEShape
 
 
 __all__ = [
@@ -41,7 +41,6 @@ __all__ = [
 _GRANULE = {"AMXBF16": 32, "AMXInt8": 64}  # K2: H and I / TP must be multiples
 _MAX_RANK = 128  # the largest rank ever checked against a reference
 _MAX_TP = 4  # K17: the merge of five and more parts sums only the first four
-_ROWS = torch.contiguous_format
 _TICKETS = itertools.count(STATELESS + 1)
 
 
@@ -92,13 +91,9 @@ class KernelBackend(Backend):
     The kernel keeps the activations of exactly one saving forward (K8: its cache is one deep whatever its name says),
     so a ticket numbers the content of that cache, and a backward whose ticket is not there any more runs its forward
     again.
-
     """
 
     compute_dtype = torch.bfloat16
-    # The kernel's threads spin on their cores for 50 ms after a task. Several threads of torch would wait for one of
-    # those cores, a scheduler's tick each time; what there is to copy and to look at takes one of them less.
-    threads = 1
 
     def __init__(
         self,
@@ -112,6 +107,7 @@ class KernelBackend(Backend):
         max_len: int = 4096,
         share_backward: bool = True,
         packed: PackedLayer | None = None,
+        torch_threads: int = 1,
     ) -> None:
         """Packs the weights, or loads them packed.
 
@@ -125,6 +121,8 @@ class KernelBackend(Backend):
             max_len: tokens per kernel call, rounded up to 32; longer calls run in chunks (K1).
             share_backward: one repacked weight buffer for all layers instead of one each.
             packed: these weights as AMXInt8 on disk. A backward copy of the layer's own is still made from `weights`.
+            torch_threads: for what torch copies and looks at here. The kernel's threads spin on their cores for 50 ms
+                after a task, and those of torch would wait for such a core for a scheduler's tick or more.
 
         Raises:
             KTError: no SFT classes on this host, a shape that they cannot take, or packed weights that are damaged or
@@ -136,6 +134,7 @@ class KernelBackend(Backend):
             assert kind == "AMXInt8"
             packed.check(shape, tp, version())
         self.name, self.shape, self.weights, self.scaling = kind, shape, weights, scaling
+        self.threads = torch_threads
         self.max_len = -(-max_len // 32) * 32
         self._host = Host.get(threads, tp)
         self._exact = TorchBackend(weights, shape, torch.float32)
@@ -277,20 +276,7 @@ class KernelBackend(Backend):
 
     def _refresh(self, inputs: Inputs) -> None:
         """Copies the LoRA tensors into the kernel's bf16 form. At every call: optimizers need not tell (K11)."""
-        for i, mine in enumerate(self._lora):
-            if inputs.lora is None:
-                mine.zero_()
-                continue
-            theirs = inputs.lora.tensors[LORA_NAMES[i]].detach()
-            r = inputs.lora.rank
-            is_b = LORA_NAMES[i].endswith("lora_B")
-            if is_b and inputs.lora.scaling != self.scaling:
-                theirs = theirs * (inputs.lora.scaling / self.scaling)
-            if r == self.shape.rank:
-                mine.copy_(theirs)
-            else:  # a smaller rank: the rest is zero
-                mine.zero_()
-                (mine[..., :r] if is_b else mine[:, :r]).copy_(theirs)
+        lora.fill(self._lora, inputs.lora, self.scaling)
         self._host.run(self._moe.update_lora_weights_task(*(t.data_ptr() for t in self._lora)))
 
     def _chunks(self, inputs: Inputs) -> Iterator[Inputs]:
@@ -314,7 +300,7 @@ class KernelBackend(Backend):
         """Backward of all rows, in chunks; LoRA gradients leave the kernel in bf16 and add up in fp32 (K13)."""
         grad_x = torch.empty_like(inputs.hidden_states)  # [T, H]
         grad_w = torch.empty_like(inputs.top_k_weights)  # [T, K]
-        buffers = gradient_buffers(self.shape)  # K14: never null, even without LoRA
+        buffers = lora.gradient_buffers(self.shape)  # K14: never null, even without LoRA
         total: list[Tensor] | None = None
         start = 0
         for chunk in self._chunks(inputs):
@@ -327,30 +313,11 @@ class KernelBackend(Backend):
             self._host.run(self._moe.backward_task(*pointers, 0, 0, 0, False, 1.0))
             self._cached = STATELESS  # the backward takes the activations off the cache
             if inputs.lora is not None:
-                parts = self._take(buffers, chunk, inputs.lora)
+                parts = lora.take(buffers, inputs.lora, self.scaling, self._idle(chunk))
                 total = parts if total is None else [t.add_(p) for t, p in zip(total, parts, strict=True)]
         if inputs.lora is not None and total is None:  # no token at all
             total = [torch.zeros(s) for s in self.shape.lora_shapes(inputs.lora.rank).values()]
         return Gradients(grad_x, grad_w, total)
-
-    def _take(self, buffers: list[Tensor], chunk: Inputs, lora: Lora) -> list[Tensor]:
-        """LoRA gradients out of the kernel's buffers, in fp32: the rank's padding off, idle experts zero.
-
-        K28: the kernel does not write the rows of idle experts. What they hold is another call's.
-        """
-        r, ratio = lora.rank, lora.scaling / self.scaling
-        idle = self._idle(chunk)
-        found = []
-        for name, buffer in zip(LORA_NAMES, buffers, strict=True):
-            is_b = name.endswith("lora_B")
-            grad = torch.empty_like(
-                buffer[..., :r] if is_b else buffer[:, :r], dtype=torch.float32, memory_format=_ROWS
-            )
-            grad.copy_(buffer[..., :r] if is_b else buffer[:, :r])
-            if is_b and ratio != 1:  # the chain rule through a rescaled B
-                grad *= ratio
-            found.append(grad.index_fill_(0, idle, 0.0) if len(idle) else grad)
-        return found
 
     def _idle(self, chunk: Inputs) -> Tensor:
         """Experts that no token goes to."""
@@ -369,9 +336,7 @@ def _sound_rows(inputs: Inputs, grad_output: Tensor, grads: Gradients) -> Tensor
 
 
 def _finite_rows(rows: Tensor) -> Tensor:
-    """[T] bool, of bf16 [T, H]: a number is finite unless all bits of its exponent are set. `isfinite` takes ten times
-    as long in bf16.
-    """
+    """[T] bool, of bf16 [T, H], by the bits of the exponent: ten times as fast as `isfinite` is in bf16."""
     return (rows.view(torch.int16) & 0x7FFF).amax(-1) < 0x7F80
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 import mmap
@@ -71,12 +70,6 @@ def create(
     for name, value in (_SETTINGS | sources | fields).items():
         setattr(c, name, value)
     return KernelObject(getattr(moe, CLASSES[kind])(c), lora)
-
-
-@functools.cache
-def gradient_buffers(shape: MoEShape) -> list[Tensor]:
-    """Where a backward leaves its six LoRA gradients, bf16: the same memory for all layers, of one call at a time."""
-    return [torch.empty(size, dtype=torch.bfloat16) for size in shape.lora_shapes().values()]
 
 
 def contiguous(stack: Any) -> Tensor:
