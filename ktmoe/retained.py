@@ -65,6 +65,7 @@ class RetainedForwards(Backend):
         self._kept: _Forward | None = None
         self._lora: list[Tensor] = []
         self._waiting = 0  # forwards since the last backward
+        self._reserve = _RESERVE * total()
         self._lock = threading.RLock()  # a record and the call that it is of belong together
 
     def forward(self, inputs: Inputs, *, save: bool) -> tuple[Tensor, int]:
@@ -134,7 +135,7 @@ class RetainedForwards(Backend):
         if self.mode == "recompute":
             return False
         needed = bytes_per_token(self.shape, self.compute_dtype) * inputs.hidden_states.shape[0]
-        return self.mode == "retain" or needed < available() - _RESERVE * total()
+        return self.mode == "retain" or needed < available() - self._reserve
 
 
 def bytes_per_token(shape: MoEShape, dtype: torch.dtype) -> int:
