@@ -146,7 +146,7 @@ def merge(
 
     Written shard by shard, with one tensor in memory at a time. OUT appears when it is complete, or not at all.
     """
-    from ktmoe.convert.merge import merge_adapter
+    from ktmoe.convert import merge_adapter
 
     run(lambda: typer.echo(str(merge_adapter(model, adapter, out))))
 
@@ -165,10 +165,10 @@ def quantize(
 
     Run it again after it was stopped, or to mend damaged files: layers that are whole are not made again.
     """
-    from ktmoe.convert.quantize import quantize as pack
+    from ktmoe.convert import quantize_model
 
     def command() -> None:
-        layers = pack(model, out, tp, threads)
+        layers = quantize_model(model, out, tp, threads)
         size = sum(layer.size for layer in layers)
         typer.echo(f"ktmoe: {len(layers)} layers, {size / 1e9:.3g} GB. To train with them:")
         typer.echo(f"kt_backend: AMXInt8\nkt_weight_path: {out}")

@@ -16,9 +16,9 @@ import torch
 from ktmoe_reference import LORA_NAMES
 from torch import Tensor
 
-from ktmoe.backends import say_once
 from ktmoe.interface import Backend
 from ktmoe.memory import available, total
+from ktmoe.notices import say_once
 from ktmoe.types import Gradients, Inputs, Lora, MoEShape
 
 

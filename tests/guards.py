@@ -7,10 +7,9 @@ import itertools
 import torch
 
 from ktmoe import autograd, experts, validation
-from ktmoe.backends.kt import extension, kernel, lora, objects
+from ktmoe.backends.kt import extension, kernel, lora, objects, packed
 from ktmoe.backends.kt.extension import Host
 from ktmoe.backends.kt.kernel import KernelBackend
-from ktmoe.checkpoints import packed
 from ktmoe.config import KTConfig
 from ktmoe.gate import contract
 from ktmoe.types import Inputs

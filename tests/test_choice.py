@@ -7,11 +7,11 @@ import warnings
 import pytest
 from helpers import SMALL, weights
 
-import ktmoe.backends
 from ktmoe import KTConfig, MoEExperts
-from ktmoe.backends import plan
+from ktmoe.backends import is_kernel
 from ktmoe.gate import choice, measuring
 from ktmoe.gate.choice import bf16_bytes, settle
+from ktmoe.planning import plan
 from ktmoe.types import MoEShape
 
 
@@ -21,9 +21,9 @@ kernel = pytest.mark.kernel
 
 @pytest.fixture(autouse=True)
 def said(monkeypatch):
-    monkeypatch.setattr(ktmoe.backends, "_said", set())
+    monkeypatch.setattr("ktmoe.notices._said", set())
     monkeypatch.setattr(choice, "usable_cores", lambda: 8)
-    monkeypatch.setattr(ktmoe.backends, "usable_cores", lambda: 8)
+    monkeypatch.setattr("ktmoe.planning.usable_cores", lambda: 8)
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")
         yield found
@@ -34,7 +34,7 @@ def answer(monkeypatch, **times):
     asked = []
 
     def measured(shape, plans):
-        asked.append([f"kernel{p.threads}" if p.is_kernel else p.backend for p in plans])
+        asked.append([f"kernel{p.threads}" if is_kernel(p) else p.backend for p in plans])
         return [times.get(name, 9.0) for name in asked[-1]]
 
     monkeypatch.setattr(choice, "_measured", measured)
@@ -124,7 +124,7 @@ def test_a_measurement_is_kept_and_a_failed_one_is_said(monkeypatch, said, tmp_p
 def test_measuring_really(monkeypatch, tmp_path):
     monkeypatch.setenv("KTMOE_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(choice, "usable_cores", lambda: 2)
-    monkeypatch.setattr(ktmoe.backends, "usable_cores", lambda: 2)
+    monkeypatch.setattr("ktmoe.planning.usable_cores", lambda: 2)
     seconds = choice._measured(SMALL, choice._candidates(KTConfig(), SMALL))
     assert len(seconds) == 3
     assert all(0 < s < 10 for s in seconds)
@@ -140,5 +140,5 @@ def test_a_part_of_the_experts_stands_for_all():
 
 def test_the_kernel_leaves_a_core(monkeypatch):
     for cores, threads in ((1, 1), (2, 1), (8, 7), (64, 60)):
-        monkeypatch.setattr(ktmoe.backends, "usable_cores", lambda cores=cores: cores)
+        monkeypatch.setattr("ktmoe.planning.usable_cores", lambda cores=cores: cores)
         assert plan(KTConfig(), SMALL).threads == threads

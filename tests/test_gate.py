@@ -9,10 +9,11 @@ import torch
 from helpers import KERNEL_BACKENDS, SMALL, loaded, run_python, weights
 
 from ktmoe import KernelError, KTConfig, KTError, MoEExperts
-from ktmoe.backends import plan
+from ktmoe.backends import TABLE
 from ktmoe.backends.torch import TorchBackend
 from ktmoe.cli import run
 from ktmoe.gate import certificate, contract, gate
+from ktmoe.planning import plan
 from ktmoe.types import ExpertWeights
 
 
@@ -81,7 +82,7 @@ def test_a_full_check_runs_at_every_start(name, cache, monkeypatch):
 def test_switched_off_checks_are_announced(name, cache, monkeypatch):
     monkeypatch.setattr(gate, "_run_gate", lambda *args: pytest.fail("checked"))
     monkeypatch.setattr(gate, "probe_problems", lambda *args: pytest.fail("checked"))
-    monkeypatch.setattr("ktmoe.backends._said", set())
+    monkeypatch.setattr("ktmoe.notices._said", set())
     with pytest.warns(UserWarning, match=f"kt_verify: off, so nothing has checked that {name}"):
         MoEExperts(weights(), top_k=2, r=4, config=KTConfig(kt_backend=name, kt_verify=False, kt_max_len=64))
 
@@ -145,7 +146,7 @@ class Broken:
 def test_the_contract_rejects_faults(name, fault):
     backend, case = loaded(name, SMALL)
     rows = contract.measure(case, contract.answer(Broken(backend, fault), case), contract.specification(case))
-    assert bool(contract.violations(rows, contract.HARD[name])) == (fault is not None)
+    assert bool(contract.violations(rows, TABLE[name].required)) == (fault is not None)
 
 
 @every_kernel
@@ -153,7 +154,7 @@ def test_the_contract_rejects_faults(name, fault):
 def test_the_load_probe_finds_a_swapped_and_a_misread_expert(name, dtype):
     """The kernel was given other weights than the source holds: its own numbers are consistent, and wrong."""
     backend, case = loaded(name, SMALL)
-    limits = contract.HARD[name]
+    limits = TABLE[name].required
     assert gate.probe_problems(backend, case.weights, limits, dtype, True) == []
     swapped = case.weights.up_proj[torch.tensor([0, 2, 1, 3])]
     found = gate.probe_problems(backend, dataclasses.replace(case.weights, up_proj=swapped), limits, dtype, True)
@@ -190,7 +191,7 @@ def test_threads_stay_within_what_the_process_may_use():
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
         from helpers import SMALL
         from ktmoe import KTConfig
-        from ktmoe.backends import plan
+        from ktmoe.planning import plan
         print(plan(KTConfig(), SMALL).threads, plan(KTConfig(kt_num_threads=3), SMALL).threads)
     """)
     assert done.stdout == "1 3\n", done.stderr
@@ -277,7 +278,7 @@ def test_a_damaged_certificate_is_not_believed(cache, content):
 def test_a_cache_that_cannot_be_written_is_no_failure(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("KTMOE_CACHE_DIR", str(tmp_path / "file"))
-    monkeypatch.setattr("ktmoe.backends._said", set())
+    monkeypatch.setattr("ktmoe.notices._said", set())
     about = certificate.subject(plan(KTConfig(kt_backend="torch"), SMALL), SMALL)
     with pytest.warns(UserWarning, match="certificate cannot be kept"):
         certificate.write(about)

@@ -10,7 +10,6 @@ import torch
 from helpers import BACKENDS, SMALL, call, module, weights
 from torch.utils.checkpoint import checkpoint
 
-import ktmoe.backends
 import ktmoe.experts
 from ktmoe import KTConfig, MoEExperts, retained
 from ktmoe.retained import RetainedForwards, same_bits
@@ -275,7 +274,7 @@ class Noisy(torch.nn.Module):
 @both_kinds
 @pytest.mark.parametrize("moves", [True, False])
 def test_a_recompute_that_routes_differently_is_said_once(name, use_reentrant, moves, monkeypatch):
-    monkeypatch.setattr(ktmoe.backends, "_said", set())
+    monkeypatch.setattr("ktmoe.notices._said", set())
     layer = Noisy(module(name), moves)
     with counted(layer.experts), warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
@@ -287,7 +286,7 @@ def test_a_recompute_that_routes_differently_is_said_once(name, use_reentrant, m
 @every_backend
 @both_kinds
 def test_two_batches_before_their_backwards_are_no_other_routing(name, use_reentrant, monkeypatch):
-    monkeypatch.setattr(ktmoe.backends, "_said", set())
+    monkeypatch.setattr("ktmoe.notices._said", set())
     experts = module(name)
     with counted(experts), warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -5,14 +5,15 @@ import json
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
 from test_devices import CONFIG
 
 from ktmoe import KTError, cli
-from ktmoe.backends import KERNEL_BACKENDS
-from ktmoe.backends.kt import kernel
+from ktmoe.backends import KERNEL_BACKENDS, TABLE, Limits, kt
+from ktmoe.backends.kt import extension, kernel
 from ktmoe.types import MoEShape
 from ktmoe.verify import accuracy, environment, plots, report, results, throughput, traps
 
@@ -33,8 +34,9 @@ def test_the_shapes_of_a_model(model, tmp_path):
 
 @pytest.mark.parametrize("allowed", [False, True])
 def test_without_a_kernel_nothing_looks_verified(model, tmp_path, monkeypatch, capsys, allowed):
-    monkeypatch.setattr(kernel, "available", lambda: False)
-    monkeypatch.setattr(kernel, "variant", lambda: "no such CPU")
+    monkeypatch.setattr(extension, "available", lambda: False)
+    monkeypatch.setattr(kt, "available", lambda: False)
+    monkeypatch.setattr(kt, "variant", lambda: "no such CPU")
     options = ["--output", str(tmp_path), *(["--allow-unverified"] if allowed else [])]
     for section, more in ((accuracy, ["--model", model]), (traps, []), (throughput, ["--model", model])):
         assert section.main([*options, *more]) == (0 if allowed else 1)
@@ -52,7 +54,7 @@ def test_a_kernel_that_cannot_take_the_shape_is_not_called_verified(model, capsy
 
 
 def test_an_error_beyond_its_limit_fails_the_section(model, tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(accuracy.contract.EXPECTED, "torch", accuracy.contract.Limits(1e-9, 1e-9, 1e-9))
+    monkeypatch.setitem(TABLE, "torch", replace(TABLE["torch"], expected=Limits(1e-9, 1e-9, 1e-9)))
     assert accuracy.main(["--model", model, "--output", str(tmp_path), "--allow-unverified"]) == 1
     assert "accuracy FAILED" in capsys.readouterr().out
     assert json.loads((tmp_path / "accuracy.json").read_text())["problems"]

@@ -17,8 +17,8 @@ import ktmoe_reference
 import platformdirs
 import torch
 
-from ktmoe.backends import Plan, say_once
-from ktmoe.backends.kt import kernel
+from ktmoe.backends import Plan, kt
+from ktmoe.notices import say_once
 from ktmoe.types import MoEShape
 
 
@@ -26,14 +26,19 @@ def subject(plan: Plan, shape: MoEShape) -> dict[str, Any]:
     """Everything that a certificate speaks of. Any difference asks for a new gate."""
     return {
         "shape": asdict(shape),
-        "plan": asdict(plan),
+        "plan": what_runs(plan),
         "extension": _extension_hash(),
-        "variant": kernel.variant(),
+        "variant": kt.variant(),
         "cpu": _cpu_model(),
         "host": _host(),
         "code": _code_hash(),
         "torch": torch.__version__,
     }
+
+
+def what_runs(plan: Plan) -> dict[str, Any]:
+    """A plan without the reasons for it."""
+    return {k: v for k, v in asdict(plan).items() if k != "reasons"}
 
 
 def exists(about: dict[str, Any]) -> bool:
@@ -103,7 +108,7 @@ def _machine() -> bytes:
 
 @functools.cache
 def _extension_hash() -> str:
-    path = kernel.extension_path()
+    path = kt.extension_path()
     return hashlib.sha256(path.read_bytes()).hexdigest() if path else ""
 
 

@@ -11,9 +11,12 @@ import sys
 from dataclasses import asdict, replace
 
 from ktmoe import memory
-from ktmoe.backends import KERNEL_BACKENDS, Plan, cores_to_leave, plan, say_once, usable_cores
+from ktmoe.backends import KERNEL_BACKENDS, Plan, is_kernel
 from ktmoe.config import KTConfig
+from ktmoe.cores import usable_cores
 from ktmoe.gate import certificate
+from ktmoe.notices import say_once
+from ktmoe.planning import cores_to_leave, plan
 from ktmoe.types import KTError, MoEShape
 
 
@@ -45,7 +48,7 @@ def settle(config: KTConfig, shape: MoEShape, size: int) -> KTConfig:
         best = candidates[times.index(min(times))]
         shown = "; ".join(f"{_name(p)}: {1e3 * t:.3g} ms" for p, t in zip(candidates, times, strict=True))
         say_once(f"ktmoe: {_name(best)} is the fastest on this machine for experts of these sizes ({shown}).")
-    return replace(config, kt_backend=best.backend, kt_num_threads=best.threads if best.is_kernel else None)
+    return replace(config, kt_backend=best.backend, kt_num_threads=best.threads if is_kernel(best) else None)
 
 
 def bf16_bytes(shape: MoEShape) -> int:
@@ -56,7 +59,7 @@ def bf16_bytes(shape: MoEShape) -> int:
 def _kernel_can(config: KTConfig, shape: MoEShape) -> bool:
     wanted = "AMXBF16" if config.kt_backend == "auto" else config.kt_backend
     try:
-        return wanted in KERNEL_BACKENDS and plan(replace(config, kt_backend=wanted), shape).is_kernel
+        return wanted in KERNEL_BACKENDS and is_kernel(plan(replace(config, kt_backend=wanted), shape))
     except KTError:
         return False
 
@@ -86,14 +89,16 @@ def _candidates(config: KTConfig, shape: MoEShape) -> list[Plan]:
 
 
 def _name(plan: Plan) -> str:
-    if not plan.is_kernel:
+    if not is_kernel(plan):
         return plan.backend
     return f"{plan.backend} with {plan.threads} thread{'s' if plan.threads != 1 else ''}"
 
 
 def _measured(shape: MoEShape, plans: list[Plan]) -> list[float] | None:
     """Seconds of each plan, from an earlier start or measured now; None, and said, if that fails."""
-    about = certificate.subject(plans[0], shape) | {"plans": [asdict(p) for p in plans]}
+    about = certificate.subject(plans[0], shape) | {
+        "plans": [{k: v for k, v in asdict(p).items() if k != "reasons"} for p in plans]
+    }
     kept = certificate.read(about, "speed")
     if kept is not None:
         return [float(t) for t in kept["seconds"]]

@@ -13,7 +13,7 @@ import torch
 from ktmoe_reference import LORA_NAMES, experts_forward
 from torch import Tensor
 
-from ktmoe.backends.torch import TorchBackend
+from ktmoe.backends import Limits, TorchBackend
 from ktmoe.interface import Backend
 from ktmoe.types import ExpertWeights, Gradients, Inputs, Lora, MoEShape
 from ktmoe.validation import make_inputs
@@ -62,26 +62,6 @@ class Measurement:
         return ", ".join((self.name, *parts))
 
 
-@dataclass(frozen=True)
-class Limits:
-    """Largest errors that pass.
-
-    Attributes:
-        forward: relative error of the output.
-        backward: of every gradient.
-        projection: distance of the projection from 1.
-    """
-
-    forward: float
-    backward: float
-    projection: float
-
-
-# What a user's gate holds (the hard limits), and what is expected and held by this project's own checks.
-HARD = {"AMXBF16": Limits(0.05, 0.10, 0.005), "AMXInt8": Limits(0.15, 0.25, 0.01)}
-EXPECTED = {"AMXBF16": Limits(0.01, 0.015, 0.005), "AMXInt8": Limits(0.035, 0.04, 0.01)}
-HARD["torch"], EXPECTED["torch"] = HARD["AMXBF16"], EXPECTED["AMXBF16"]
-HARD["reference"] = EXPECTED["reference"] = Limits(1e-5, 1e-5, 1e-5)
 ROUNDING_FLOOR = 0.002  # half a bf16 ulp, relative
 # Numbers drawn for one tensor; a larger one repeats them, which is ten times faster. A prime, so that rows start at
 # different places in the sequence: no two rows, and no two experts, are alike.

@@ -18,12 +18,11 @@ from typing import Any
 
 import torch
 
-from ktmoe.backends import Plan, build, say_once
-from ktmoe.backends.kt import kernel
-from ktmoe.backends.torch import TorchBackend
+from ktmoe.backends import TABLE, Limits, Plan, TorchBackend, build, is_kernel, kt
 from ktmoe.config import KTConfig
 from ktmoe.gate import certificate, contract
 from ktmoe.interface import Backend
+from ktmoe.notices import say_once
 from ktmoe.retained import RetainedForwards
 from ktmoe.types import ExpertWeights, KernelError, KTError, MoEShape
 from ktmoe.validation import make_inputs
@@ -63,11 +62,11 @@ def ensure_verified(plan: Plan, shape: MoEShape, config: KTConfig) -> Plan:
     Raises:
         KernelError: the gate failed and `kt_fallback` is `error`.
     """
-    if not plan.is_kernel:
+    if not is_kernel(plan):
         return plan
     if config.kt_verify == "off":
         say_once(
-            f"ktmoe: kt_verify: off, so nothing has checked that {plan.backend} ({kernel.variant()}) computes what it "
+            f"ktmoe: kt_verify: off, so nothing has checked that {plan.backend} ({kt.variant()}) computes what it "
             "should on this machine. Wrong gradients would go unnoticed."
         )
         return plan
@@ -100,7 +99,7 @@ def probe(backend: Backend, plan: Plan, weights: ExpertWeights, config: KTConfig
     alike = (plan, backend.shape, backend.reloaded)
     gradient = level.every_gradient or not plan.share_backward or alike not in _gradients_probed
     try:
-        problems = probe_problems(backend, weights, contract.HARD[plan.backend], level.probe_dtype, gradient)
+        problems = probe_problems(backend, weights, TABLE[plan.backend].required, level.probe_dtype, gradient)
     except KTError:
         backend.close()
         raise
@@ -117,7 +116,7 @@ def probe(backend: Backend, plan: Plan, weights: ExpertWeights, config: KTConfig
 
 
 def probe_problems(
-    backend: Backend, weights: ExpertWeights, limits: contract.Limits, dtype: torch.dtype, gradient: bool
+    backend: Backend, weights: ExpertWeights, limits: Limits, dtype: torch.dtype, gradient: bool
 ) -> list[str]:
     """What the load probe finds wrong with each expert, as sentences.
 
@@ -171,7 +170,7 @@ def run_contract(about: dict[str, Any], level: str) -> list[str]:
     for seed in range(LEVELS[level].seeds):
         case = contract.draw_case(shape, case_tokens(level, shape), seed)
         backend = RetainedForwards(build(plan, case.weights, shape, case.lora.scaling), "retain")
-        problems = contract.judge(backend, case, contract.HARD[plan.backend])
+        problems = contract.judge(backend, case, TABLE[plan.backend].required)
         backend.close()
         if problems:
             return problems
@@ -205,7 +204,7 @@ def _run_gate(about: dict[str, Any], level: str) -> list[str]:
 def _fall_back(plan: Plan, config: KTConfig, check: str, problems: list[str]) -> Plan:
     shown = "\n".join(f"  {p}" for p in problems[:10])
     more = f"\n  ... and {len(problems) - 10} more" if len(problems) > 10 else ""
-    message = f"kt_backend: {plan.backend} ({kernel.variant()}) failed {check} on this machine:\n{shown}{more}"
+    message = f"kt_backend: {plan.backend} ({kt.variant()}) failed {check} on this machine:\n{shown}{more}"
     if config.kt_fallback == "torch":
         say_once(f"ktmoe: {message}\nkt_fallback: torch, so the routed experts run on the torch backend.")
         return replace(plan, backend="torch")

@@ -19,10 +19,10 @@ from rich.markup import escape
 from rich.progress import track
 from rich.table import Table
 
-from ktmoe.backends import KERNEL_BACKENDS, build, plan
-from ktmoe.backends.kt import kernel
+from ktmoe.backends import KERNEL_BACKENDS, TABLE, build, kt
 from ktmoe.config import KTConfig
 from ktmoe.gate import contract
+from ktmoe.planning import plan
 from ktmoe.types import MoEShape
 from ktmoe.verify import results
 
@@ -51,7 +51,7 @@ class Run:
 
     def as_json(self) -> dict[str, Any]:
         """Everything, with the limits."""
-        limits = asdict(contract.EXPECTED[self.backend])
+        limits = asdict(TABLE[self.backend].expected)
         rows = [
             {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in asdict(m).items()}
             for m in self.rows
@@ -70,7 +70,7 @@ def run(backend_name: str, shape_name: str, shape: MoEShape, seed: int) -> Run:
     expected = contract.specification(case, dtype)
     rows = contract.measure(case, contract.answer(backend, case), expected)
     backend.close()
-    problems = contract.violations(rows, contract.EXPECTED[backend_name])
+    problems = contract.violations(rows, TABLE[backend_name].expected)
     precision = str(dtype).removeprefix("torch.")
     return Run(backend_name, shape_name, shape, precision, rows, problems, time.perf_counter() - start)
 
@@ -92,7 +92,7 @@ def table(runs: list[Run], variant: str) -> Table:
         out.add_row(("" if name == "output" else "grad ") + name, *cells)
     out.add_section()
     for label, key in (("limit forward", "forward"), ("limit backward", "backward")):
-        out.add_row(label, *(f"{100 * getattr(contract.EXPECTED[r.backend], key):.2f}" for r in runs))
+        out.add_row(label, *(f"{100 * getattr(TABLE[r.backend].expected, key):.2f}" for r in runs))
     out.add_row("verdict", *("[red]FAIL[/]" if r.problems else "[green]pass[/]" for r in runs))
     return out
 
@@ -106,7 +106,7 @@ def main(argv: list[str] | None = None) -> int:
     results.add_model_arguments(parser)
     args = parser.parse_args(argv)
     console = results.console()
-    variant = f"{kernel.variant()} {args.label}".strip()
+    variant = f"{kt.variant()} {args.label}".strip()
     shapes = results.model_shapes(args) or SHAPES
     todo = [(b, name, shape) for name, shape in shapes.items() for b in results.backends_for(shape, console)]
     steps = track(todo, "Accuracy", console=console, disable=not console.is_terminal)

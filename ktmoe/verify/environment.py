@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 
-from ktmoe.backends.kt import kernel
+from ktmoe.backends import kt
 
 
 _PACKAGES = ("ktmoe", "kt-kernel", "torch", "transformers", "peft", "accelerate", "llamafactory", "trl", "numpy")
@@ -29,10 +29,10 @@ def describe() -> dict[str, str]:
         "CPU": cpu,
         "instruction sets": ", ".join(f for f in _FLAGS if f in flags) or "unknown",
         "cores": f"{psutil.cpu_count(logical=False)} physical, {usable} usable by this process",
-        "NUMA nodes": str(len(kernel.numa_nodes())),
+        "NUMA nodes": str(len(kt.numa_nodes())),
         "memory": f"{psutil.virtual_memory().total / 2**30:.1f} GiB",
         "system": f"{platform.system()} {platform.release()}, Python {platform.python_version()}",
-        "kernel": kernel.variant() if kernel.available() else f"none: {kernel.variant()}",
+        "kernel": kt.variant() if kt.available() else f"none: {kt.variant()}",
     }
     return found | {package: _version(package) for package in _PACKAGES}
 

@@ -21,9 +21,10 @@ import torch
 from ktmoe_reference import LORA_NAMES
 from torch import Tensor
 
-from ktmoe.backends.kt.kernel import KernelBackend, valid_tp
+from ktmoe.backends import TABLE
+from ktmoe.backends.kt import KernelBackend, valid_tp
 from ktmoe.config import KTConfig
-from ktmoe.convert.quantize import pack
+from ktmoe.convert import pack
 from ktmoe.experts import MoEExperts
 from ktmoe.gate import contract
 from ktmoe.interface import STATELESS
@@ -67,7 +68,7 @@ def _load(name: str, case: contract.Case, **options: Any) -> KernelBackend:
 def _wrong(backend: KernelBackend, case: contract.Case) -> list[str]:
     """The contract for one call."""
     rows = contract.measure(case, contract.answer(backend, case), contract.specification(case))
-    return contract.violations(rows, contract.EXPECTED[backend.name])
+    return contract.violations(rows, TABLE[backend.name].expected)
 
 
 def _forward(backend: KernelBackend, case: contract.Case, save: bool = True) -> Callable[[], Gradients]:

@@ -20,9 +20,9 @@ from torch import Tensor
 from ktmoe.backends.kt import lora
 from ktmoe.backends.kt.extension import Host, available, extension_path, numa_nodes, quiet, variant, version
 from ktmoe.backends.kt.objects import KernelObject, contiguous, create
+from ktmoe.backends.kt.packed import PackedLayer
 from ktmoe.backends.kt.staging import staging
 from ktmoe.backends.torch import TorchBackend
-from ktmoe.checkpoints.packed import PackedLayer
 from ktmoe.interface import STATELESS, Backend
 from ktmoe.types import PROJECTIONS, ExpertWeights, Gradients, Inputs, KTError, MoEShape
 

@@ -1,0 +1,66 @@
+"""The kernel's rows in the table of backends, one for each of its formats."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from ktmoe.backends.kt import extension, kernel
+from ktmoe.backends.kt.packed import PackedLayer
+from ktmoe.backends.row import Limits, Plan, Row
+from ktmoe.cores import usable_cores
+from ktmoe.types import ExpertWeights, KTError, MoEShape
+
+
+_TORCH_THREADS = 8  # beside the kernel's, at most: they copy, which memory bounds
+
+
+def _build(
+    plan: Plan, weights: ExpertWeights, shape: MoEShape, scaling: float, packed: PackedLayer | None
+) -> kernel.KernelBackend:
+    return kernel.KernelBackend(
+        plan.backend,
+        weights,
+        shape,
+        scaling=scaling,
+        threads=plan.threads,
+        tp=plan.tp,
+        max_len=plan.max_len,
+        share_backward=plan.share_backward,
+        packed=packed,
+        torch_threads=max(1, min(usable_cores() - plan.threads, _TORCH_THREADS)),
+    )
+
+
+def _refuse_shape(name: str, shape: MoEShape) -> str:
+    try:
+        kernel.check_shape(name, shape)
+    except KTError as error:
+        return str(error)
+    return ""
+
+
+def _refuse_host() -> str:
+    return "" if extension.available() else f"no SFT kernel on this host: {extension.variant()}"
+
+
+def _largest_tp(name: str, shape: MoEShape) -> int:
+    return kernel.valid_tp(name, shape, len(extension.numa_nodes()))
+
+
+def _row(name: str, required: Limits, expected: Limits, takes_packed: bool = False) -> Row:
+    return Row(
+        name,
+        _build,
+        required,
+        expected,
+        describe=lambda: f"kt_kernel ({extension.variant()})",
+        refuse_shape=partial(_refuse_shape, name),
+        refuse_host=_refuse_host,
+        largest_tp=partial(_largest_tp, name),
+        is_kernel=True,
+        takes_packed=takes_packed,
+    )
+
+
+BF16 = _row("AMXBF16", Limits(0.05, 0.10, 0.005), Limits(0.01, 0.015, 0.005))
+INT8 = _row("AMXInt8", Limits(0.15, 0.25, 0.01), Limits(0.035, 0.04, 0.01), takes_packed=True)
