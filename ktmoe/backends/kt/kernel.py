@@ -275,7 +275,8 @@ class KernelBackend(Backend):
             yield
 
     def _refresh(self, inputs: Inputs) -> None:
-        """Copies the LoRA tensors into the kernel's bf16 form. At every call: optimizers need not tell (K11)."""
+        """Copies the LoRA into the kernel's bf16 form. At every forward: optimizers need not tell (K11)."""
+        self._cached = STATELESS  # whose activations are another LoRA's
         lora.fill(self._lora, inputs.lora, self.scaling)
         self._host.run(self._moe.update_lora_weights_task(*(t.data_ptr() for t in self._lora)))
 
@@ -310,8 +311,8 @@ class KernelBackend(Backend):
             if ticket == STATELESS or ticket != self._cached:
                 self._forward(chunk, True)
             pointers = [t.data_ptr() for t in (grad_output[rows], grad_x[rows], *buffers, grad_w[rows])]
+            self._cached = STATELESS  # the backward takes the activations off the cache, even if Ctrl-C comes
             self._host.run(self._moe.backward_task(*pointers, 0, 0, 0, False, 1.0))
-            self._cached = STATELESS  # the backward takes the activations off the cache
             if inputs.lora is not None:
                 parts = lora.take(buffers, inputs.lora, self.scaling, self._idle(chunk))
                 total = parts if total is None else [t.add_(p) for t, p in zip(total, parts, strict=True)]
