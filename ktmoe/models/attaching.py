@@ -18,10 +18,11 @@ from ktmoe.backends import TABLE, is_kernel
 from ktmoe.checkpoints import Checkpoint
 from ktmoe.config import KTConfig
 from ktmoe.experts import MoEExperts
-from ktmoe.gate import distance
+from ktmoe.gate import bf16_bytes, distance, settle
 from ktmoe.models.families import Layer, expert_modules, find, names_on_disk, put_back
 from ktmoe.notices import say_once
 from ktmoe.planning import plan
+from ktmoe.retained import bytes_per_token
 from ktmoe.types import ExpertWeights, KTError, MoEShape
 
 
@@ -75,6 +76,7 @@ def attach(
         weights = {name: layer.weights(tensors[name]) for name, layer in found.items()}
         if checkpoint is not None:
             weights = _on_disk(model, found, checkpoint)
+        config = _settle(config, found, weights, rank or 1)
         for name, layer in found.items():
             if checkpoint is None and any(t.is_meta for t in tensors[name].values()):
                 raise KTError(
@@ -109,6 +111,15 @@ def attach(
             experts.close()
         _allow_saving(model)
         raise
+
+
+def _settle(config: KTConfig, found: dict[str, Layer], weights: dict[str, ExpertWeights], rank: int) -> KTConfig:
+    """Decides what is `auto`, once for all layers: by the largest of them."""
+    shapes = [
+        MoEShape(w.num_experts, w.hidden_size, w.intermediate_size, found[name].top_k, rank)
+        for name, w in weights.items()
+    ]
+    return settle(config, max(shapes, key=bf16_bytes), sum(map(bf16_bytes, shapes)))
 
 
 def _load(layers: dict[str, MoEExperts], rank: int, streamed: bool) -> None:
@@ -267,7 +278,9 @@ def summary(model: nn.Module) -> list[str]:
     if is_kernel(first.plan):
         checked = "NOT verified (kt_verify: off)" if first.config.kt_verify == "off" else "verified on this machine"
         pools = f", {first.plan.tp} NUMA pools" if first.plan.tp > 1 else ""
-        where += f", {first.plan.threads} threads{pools}, {checked}"
+        threads = f"{first.plan.threads} thread{'s' if first.plan.threads != 1 else ''}{pools}"
+        copies = "shared by all layers" if first.plan.share_backward else "of each layer's own"
+        where += f", {threads}, backward weights {copies}, {checked}"
     fallen = [m for m in layers if m.plan.backend != first.plan.backend]
     others_too = f"; {len(fallen)} layers on {fallen[0].plan.backend}" if fallen else ""
     size = sum(m.weights.nbytes() for m in layers) / 1e9
@@ -281,7 +294,23 @@ def summary(model: nn.Module) -> list[str]:
         f"ktmoe: {len(layers)} MoE layers x {first.num_experts} experts, {size:.3g} GB of {first.weights.dtype} "
         f"weights in host memory; everything else on {', '.join(sorted(rest)) or 'cpu'}",
         f"ktmoe: trainable parameters: {of_experts:,} in expert LoRA, {others:,} elsewhere",
+        _activation(layers, 4 * of_experts),
     ]
+
+
+def _activation(layers: list[MoEExperts], lora_bytes: int) -> str:
+    """What is kept for gradient checkpointing, and how much memory it takes."""
+    mode = layers[0].config.kt_cpu_activation
+    if mode == "recompute":
+        return "ktmoe: kt_cpu_activation: recompute: gradient checkpointing runs the experts' forward twice"
+    dtype = torch.float32 if layers[0].plan.backend == "reference" else torch.bfloat16
+    per_token = sum(bytes_per_token(m.shape(1), dtype) for m in layers) / 1e3
+    limit = "" if mode == "retain" else " while a tenth of the memory is free"
+    return (
+        f"ktmoe: kt_cpu_activation: {mode}: gradient checkpointing does not run the experts' forward twice{limit}: "
+        f"their inputs and outputs are kept ({per_token:,.0f} kB for each token of a batch, all layers together), and "
+        f"a copy of their LoRA ({lora_bytes / 1e6:,.0f} MB)"
+    )
 
 
 _SAVING = ("save_pretrained", "push_to_hub")

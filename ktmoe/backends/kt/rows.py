@@ -7,7 +7,11 @@ from functools import partial
 from ktmoe.backends.kt import extension, kernel
 from ktmoe.backends.kt.packed import PackedLayer
 from ktmoe.backends.row import Limits, Plan, Row
+from ktmoe.cores import usable_cores
 from ktmoe.types import ExpertWeights, KTError, MoEShape
+
+
+_TORCH_THREADS = 8  # beside the kernel's, at most: they copy, which memory bounds
 
 
 def _build(
@@ -23,6 +27,7 @@ def _build(
         max_len=plan.max_len,
         share_backward=plan.share_backward,
         packed=packed,
+        torch_threads=max(1, min(usable_cores() - plan.threads, _TORCH_THREADS)),
     )
 
 
