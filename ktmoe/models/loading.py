@@ -95,7 +95,7 @@ def load_model(
         )
         trust = False
     fp8 = forget_fp8(model_config)
-    check_model(model_config, config, lora.r if lora is not None else r or 1, trust_remote_code=trust)
+    check_model(model_config, config, r or 1, lora, trust_remote_code=trust)
     checkpoint = Checkpoint(path, **hub)
     options = _options(from_pretrained, torch.bfloat16 if fp8 else "auto")
     with without_experts():
