@@ -61,15 +61,16 @@ def covers(asked: LoraConfig, layer: ExpertNames, got: str) -> bool:
     own = check(asked, layer.name)
     if isinstance(own, _EXCLUDED):
         return False
-    reached = set()
+    reached, excluded = set(), False
     for e, projection, names in layer.each():
         found = [check(asked, name) for name in names]
-        if (own or any(found)) and not any(isinstance(f, _EXCLUDED) for f in found):
+        if any(isinstance(f, _EXCLUDED) for f in found):
+            excluded = True
+        elif own or any(found):
             reached.add((e, projection))
     if len(reached) == len(layer.projections) * layer.count:
         return True
-    fused = bool(check(asked, f"{layer.name}.{_FUSED[0]}"))
-    if not reached and not fused:
+    if not reached and (excluded or not check(asked, f"{layer.name}.{_FUSED[0]}")):
         return False
     experts, projections = sorted({e for e, _ in reached}), [p for p in layer.projections if (0, p) in reached]
     if len(experts) < layer.count:
@@ -151,7 +152,9 @@ def ends(name: str, target: str) -> bool:
 def _one(pattern: Mapping[str, Any] | None, default: Any, option: str, layer: ExpertNames) -> Any:
     if not pattern:
         return default
-    found = {value_of(pattern, (layer.name, *names), default): f"{n}.{p}" for n, p, names in layer.each()}
+    found: dict[Any, str] = {}
+    for e, projection, names in layer.each():
+        found.setdefault(value_of(pattern, (layer.name, *names), default), f"{e}.{projection}")
     fused = [k for k in pattern if any(_matches(k, f"{layer.name}.{p}") for p in _FUSED)]
     known = [n for _, _, names in layer.each() for n in (layer.name, *names)] if fused else ()
     unknown = next((k for k in fused if not any(_matches(k, n) for n in known)), None)
