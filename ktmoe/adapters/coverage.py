@@ -106,18 +106,22 @@ def value_of(pattern: Mapping[str, Any] | None, names: Iterable[str], default: A
     return next((v for key, v in (pattern or {}).items() if any(_matches(key, n) for n in names)), default)
 
 
-def check_saved(config: LoraConfig, layer: ExpertNames, got: str) -> None:
+def check_saved(config: LoraConfig, layer: ExpertNames) -> None:
     """Refuses to train routed experts in full.
 
     Raises:
         KTError: modules_to_save means them too.
     """
-    inside = (f"{layer.name}.0", *(f"{layer.name}.0.{p}" for p in layer.projections))
+    parts = f"{layer.name}.0".split(".")
+    around = [".".join(parts[:n]) for n in range(1, len(parts) + 1)]
     for saved in config.modules_to_save or ():
-        if f".{saved}." in f".{layer.name}." or any(ends(name, saved) for name in inside):
+        hit = next(
+            (n for n in (*around, *(f"{around[-1]}.{p}" for p in layer.projections)) if n.endswith(saved)), None
+        )
+        if hit is not None:  # peft compares so
             raise KTError(
-                f"modules_to_save: got {got}, which holds the routed experts ({layer.name}); their own weights are "
-                "frozen. Name modules outside of them, by longer names if need be; experts get LoRA by target_modules."
+                f"modules_to_save: got {saved!r}, which means {hit}, and routed experts' own weights are frozen. Name "
+                "modules outside of them, by longer names if need be; experts get LoRA by target_modules."
             )
 
 

@@ -21,8 +21,8 @@ from ktmoe.adapters.config import patterns, short_names, target_parameters
 from ktmoe.adapters.coverage import ExpertNames, check_parameters, check_saved, covers, ends, rank_and_alpha, value_of
 from ktmoe.adapters.layer import LoraExperts
 from ktmoe.adapters.layout import CheckpointLayout, checkpoint_layout
-from ktmoe.adapters.options import check_by_weight, check_on_experts
 from ktmoe.adapters.routers import by_weight, check_felt, linear_routers
+from ktmoe.adapters.variants import check_by_weight, check_on_experts
 from ktmoe.experts import MoEExperts
 from ktmoe.types import PROJECTIONS, KTError
 
@@ -122,7 +122,7 @@ def reach(config: LoraConfig, model: Any, experts: Mapping[str, int], hidden: Co
     layers = _layers(model, experts)
     shown = _shown_targets(config)
     for layer in layers:
-        check_saved(config, layer, _shown(config.modules_to_save))
+        check_saved(config, layer)
     matched = [n for n in modules if tuners_utils.check_target_module_exists(asked, n)]
     weights = _named_weights(config, modules, layers)
     foreign = next((n for n in matched if n not in odd and not _has_layer(modules[n], config)), None)
