@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig
 from peft.tuners.lora.layer import LoraLayer
+from safetensors.torch import load_file
 from test_models import REFERENCE, lora, moved
 from torch import nn
 
@@ -170,8 +171,6 @@ EACH = r".*experts\.\d+\.(gate|up|down)_proj"
         (dict(target_modules=None), "target_modules: got None; peft has no default for qwen3_moe"),
         (dict(target_modules=["mlp"]), "reaches model.layers.0.mlp; peft has no LoRA for Qwen3MoeSparseMoe"),
         (dict(target_modules=["input_layernorm"]), "peft has no LoRA for Qwen3MoeRMSNorm"),
-        (dict(target_modules=["gate"], lora_dropout=0.1), "lora_dropout: got 0.1; model.layers.0.mlp.gate gets"),
-        (dict(target_modules=["gate"], use_dora=True), "use_dora: got True; model.layers.0.mlp.gate gets"),
     ],
 )  # fmt: skip
 def test_what_experts_cannot_honour_exactly_is_refused_by_name(way, options, says, tmp_path):
@@ -334,6 +333,20 @@ def test_lora_on_the_router_trains_or_is_refused_before_loading(family, tmp_path
     assert all(relative(found[n], g) < 1e-4 for n, g in grads.items())
 
 
+@every_way
+@pytest.mark.parametrize("option", [dict(lora_dropout=0.1), dict(use_dora=True), dict(init_lora_weights="olora")])
+def test_what_a_router_cannot_have_is_refused_before_loading(way, option, tmp_path):
+    """In transformers 4 it is a linear layer, and has what those have."""
+    if families.VERSION < (5, 0):
+        assert way(lora("gate", **option), tmp_path)
+        return
+    for config in (lora("gate", **option), lora("q_proj", target_parameters=["gate.weight"], **option)):
+        with pytest.raises(
+            KTError, match=r"(lora_dropout|use_dora|init_lora_weights): got .*; model.layers.0.mlp.gate"
+        ):
+            way(config, tmp_path)
+
+
 def test_a_router_beside_experts_is_saved_read_merged_and_added_again(tmp_path):
     made = moved(attach(model(), REFERENCE, lora=lora("gate", "experts", rank_pattern={"gate": 2})))
     assert {v for n, v in adapted(made).items() if n.endswith("gate")} == {(2, 8)}
@@ -347,3 +360,21 @@ def test_a_router_beside_experts_is_saved_read_merged_and_added_again(tmp_path):
     if peft.__version__ >= "0.20":
         assert relative(logits(peft.PeftModel.from_pretrained(model(), tmp_path)), expected) < 1e-6
     assert relative(logits(made.merge_and_unload()), expected) < 1e-5
+
+
+def test_router_and_dora_through_llamafactory(tmp_path):
+    """What the preflight lets through also trains, is saved, and goes on from its checkpoint."""
+    pytest.importorskip("llamafactory")
+    from factory import Workspace
+
+    here = Workspace(tmp_path, steps=4)
+    for name, keys in (
+        ("router", dict(lora_target="q_proj,gate,experts")),
+        ("dora", dict(lora_target="q_proj,v_proj", use_dora=True)),
+    ):
+        whole = here.run(name, **keys)
+        again = here.run(name, **keys, resume_from_checkpoint=str(tmp_path / name / "checkpoint-2"))
+        assert again == whole
+        saved = load_file(tmp_path / name / "adapter_model.safetensors")
+        assert any(".gate.lora_B" in k and v.any() for k, v in saved.items()) == (name == "router")
+        assert any("lora_magnitude_vector" in k for k in saved) == (name == "dora")
