@@ -362,6 +362,16 @@ def test_a_router_beside_experts_is_saved_read_merged_and_added_again(tmp_path):
     assert relative(logits(made.merge_and_unload()), expected) < 1e-5
 
 
+def test_a_second_adapter_is_not_put_inside_of_what_the_first_trains_in_full():
+    made = ktmoe.get_peft_model(attach(model(), REFERENCE), lora("q_proj", modules_to_save=["lm_head"]))
+    made.add_adapter("other", lora(target_modules="all-linear"))
+    found = {n for n, m in made.base_model.model.named_modules() if isinstance(m, LoraLayer)}
+    assert found
+    assert not any("lm_head" in n for n in found)
+    with pytest.raises(KTError, match="lm_head; peft has no LoRA for ModulesToSaveWrapper"):
+        made.add_adapter("third", lora("lm_head"))
+
+
 def test_router_and_dora_through_llamafactory(tmp_path):
     """What the preflight lets through also trains, is saved, and goes on from its checkpoint."""
     pytest.importorskip("llamafactory")

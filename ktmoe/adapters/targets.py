@@ -28,6 +28,8 @@ from ktmoe.types import PROJECTIONS, KTError
 
 
 EXPERTS_TARGET = "experts"
+# Parts of the names of what peft puts beside and inside a module that it adapts or trains in full.
+_OF_PEFT = (".lora_", ".original_module", ".modules_to_save", ".token_adapter")
 _ALL, _DUMMY = "all-linear", "dummy-target-modules"  # what peft means by these strings
 
 
@@ -170,8 +172,8 @@ def own_modules(model: nn.Module, hidden: Iterable[str] = ()) -> dict[str, nn.Mo
     under = tuple(f"{name}." for name in hidden)
     return {
         name: module
-        for name, module in ((n.replace(".base_layer", ""), m) for n, m in model.named_modules() if ".lora_" not in n)
-        if name and not f"{name}.".startswith(under or ("\0",))
+        for name, module in ((n.replace(".base_layer", ""), m) for n, m in model.named_modules())
+        if name and not f"{name}.".startswith(under or ("\0",)) and not any(part in name for part in _OF_PEFT)
     }
 
 
