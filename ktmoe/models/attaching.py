@@ -66,11 +66,9 @@ def attach(
         torch.Size([1, 3, 64])
     """
     config = config or KTConfig()
-    rank = lora.r if lora is not None else r
-    if lora is not None:
-        check_lora_config(lora)
     replaced: dict[str, MoEExperts] = {}
     found = find(model)
+    rank = r if lora is None else _check_lora(lora, model, found)
     try:
         tensors = {name: layer.host_tensors() for name, layer in found.items()}
         weights = {name: layer.weights(tensors[name]) for name, layer in found.items()}
@@ -175,20 +173,35 @@ def detach(model: nn.Module) -> nn.Module:
     return model
 
 
-def check_model(model_config: Any, config: KTConfig, r: int, *, trust_remote_code: bool = False) -> None:
-    """Refuses, from the configuration alone, a model that `attach` would refuse. Nothing is loaded.
+def check_model(
+    model_config: Any, config: KTConfig, r: int, lora: LoraConfig | None = None, *, trust_remote_code: bool = False
+) -> None:
+    """Refuses, from the configuration alone, a model or an adapter that `attach` would refuse. Nothing is loaded.
 
     Args:
         model_config: a transformers configuration.
         config: which backend.
-        r: LoRA rank.
+        r: LoRA rank, where `lora` does not say it.
+        lora: the adapter to come.
         trust_remote_code: whether the model's own code may be run.
 
     Raises:
         KTError: as `attach`.
     """
-    for shape in expert_shapes(model_config, r, trust_remote_code=trust_remote_code):
+    model = skeleton(model_config, trust_remote_code)
+    found = find(model)
+    for shape in _shapes(found, r if lora is None else _check_lora(lora, model, found)):
         plan(config, shape)
+
+
+def _check_lora(lora: LoraConfig, model: nn.Module, found: Mapping[str, Layer]) -> int:
+    """Refuses an adapter that the model cannot have.
+
+    Returns:
+        The largest rank that it gives the experts.
+    """
+    experts = {name: layer.num_experts for name, layer in found.items()}
+    return check_lora_config(lora, model, experts, [h for holders in expert_modules(model).values() for h in holders])
 
 
 def auto_class(model_config: Any) -> Any:
@@ -205,10 +218,13 @@ def expert_shapes(model_config: Any, r: int, *, trust_remote_code: bool = False)
         KTError: no MoE layer, experts that are not plain, remote code that does not run here, or a rank that is no
             whole number above zero.
     """
+    return _shapes(find(skeleton(model_config, trust_remote_code)), r)
+
+
+def _shapes(found: Mapping[str, Layer], r: int) -> list[MoEShape]:
     if isinstance(r, bool) or not isinstance(r, int) or r < 1:
         raise KTError(f"lora_rank: got {r!r}; expected a whole number of at least 1.")
-    model = skeleton(model_config, trust_remote_code)
-    return list(dict.fromkeys(replace(layer.shape(), rank=r) for layer in find(model).values()))
+    return list(dict.fromkeys(replace(layer.shape(), rank=r) for layer in found.values()))
 
 
 def experts_in(model: nn.Module, checkpoint: Checkpoint) -> dict[str, ExpertWeights]:
