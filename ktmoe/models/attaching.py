@@ -13,8 +13,10 @@ import transformers
 from torch import nn
 from tqdm.auto import tqdm
 
+from ktmoe.adapters.guard import refuse_expert_adapter, unwatch, watch
 from ktmoe.adapters.layer import LoraExperts
 from ktmoe.adapters.model import check_lora_config, get_peft_model
+from ktmoe.adapters.rollback import all_or_nothing
 from ktmoe.backends import plan
 from ktmoe.backends.kt import kernel
 from ktmoe.checkpoints.reader import Checkpoint
@@ -80,26 +82,23 @@ def attach(
         for experts in replaced.values():
             experts.close()
         raise
-    for name, experts in replaced.items():
-        layer = found[name]
-        if checkpoint is None:
-            for parameter, tensor in tensors[name].items():
-                parameter.data = tensor  # a copy that was on a GPU is freed
-            experts.original = layer.modules
-        experts.train(layer.modules[0].training)
-        layer.put(experts)
-        _mend(layer.block, experts)
-    _refuse_saving(model)
-    if lora is None:
-        return model
     try:
-        return get_peft_model(model, lora)
+        with all_or_nothing(model):
+            for name, experts in replaced.items():
+                layer = found[name]
+                if checkpoint is None:
+                    for parameter, tensor in tensors[name].items():
+                        parameter.data = tensor  # a copy that was on a GPU is freed
+                    experts.original = layer.modules
+                experts.train(layer.modules[0].training)
+                layer.put(experts)
+                _mend(layer.block, experts)
+            _refuse_saving(model)
+            watch(model)
+            return model if lora is None else get_peft_model(model, lora)
     except BaseException:
-        for name, experts in replaced.items():
-            experts.original = found[name].modules
-            put_back(model, name, experts)
+        for experts in replaced.values():
             experts.close()
-        _allow_saving(model)
         raise
 
 
@@ -141,10 +140,13 @@ def detach(model: nn.Module) -> nn.Module:
             "detach: this model's routed experts were streamed from disk and are nowhere in memory. Load the model "
             "with transformers instead."
         )
-    for name, experts in layers.items():
-        put_back(model, name, experts)
+    with all_or_nothing(model):
+        for name, experts in layers.items():
+            put_back(model, name, experts)
+        _allow_saving(model)
+        unwatch(model)
+    for experts in layers.values():
         experts.close()
-    _allow_saving(model)
     return model
 
 
@@ -266,19 +268,27 @@ def summary(model: nn.Module) -> list[str]:
 
 
 _SAVING = ("save_pretrained", "push_to_hub")
+_LOADING = "load_adapter"
 
 
 def _refuse_saving(model: nn.Module) -> None:
-    """Has the model refuse to write itself, and every model inside that has routed experts: they would be left out."""
+    """Has the model refuse what would leave its routed experts out: to write itself, or to load an adapter of theirs.
+
+    Every model inside that has routed experts does the same.
+    """
     for module in model.modules():
+        if not moe_layers(module):
+            continue
         for method in _SAVING:
-            if hasattr(module, method) and moe_layers(module):
+            if hasattr(module, method):
                 setattr(module, method, functools.partial(_refuse_save, f"{type(module).__name__}.{method}"))
+        if load := getattr(type(module), _LOADING, None):
+            setattr(module, _LOADING, functools.partial(refuse_expert_adapter, module, load))
 
 
 def _allow_saving(model: nn.Module) -> None:
     for module in model.modules():
-        for method in _SAVING:
+        for method in (*_SAVING, _LOADING):
             vars(module).pop(method, None)
 
 
