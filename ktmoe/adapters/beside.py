@@ -54,8 +54,8 @@ def folder_of(source: str, hub: Mapping[str, Any]) -> Path:
     ]
     if odd:
         raise KTError(
-            f"{folder}: {', '.join(odd[:3])} beside the adapter: neither peft nor ktmoe reads it, and what was trained "
-            "into it would be left out. Move it elsewhere if the adapter is whole without it."
+            f"{folder}: {', '.join(odd[:3])} beside the adapter: nothing here reads it, and what was trained into it "
+            "would be left out. Move it elsewhere if the adapter is whole without it."
         )
     return folder
 
@@ -131,5 +131,7 @@ def _alpha(folder: Path, config: LoraConfig) -> float:
         for block in iter(lambda: file.read(1 << 20), b""):
             digest.update(block)
     if written and digest.hexdigest() != written:
-        raise KTError(f"{folder / EXPERTS_FILE}: not the file that {MANIFEST} was written for. Copy the adapter again.")
+        raise KTError(
+            f"{folder / EXPERTS_FILE}: not the file that {MANIFEST} was written for. Copy the adapter again."
+        )
     return alpha

@@ -8,9 +8,6 @@ without knowing that format, it is peft's format for stacked parameters (`ktmoe.
 from __future__ import annotations
 
 import copy
-import json
-import math
-import os
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -18,10 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ktmoe_reference import LORA_NAMES
 from peft import LoraConfig, PeftConfig, PeftType, load_peft_weights
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ktmoe.adapters.beside import EXPERTS_FILE, folder_of, read_forked
@@ -30,13 +25,11 @@ from ktmoe.adapters.config import (
     ModuleLora,
     modules_of,
     pattern_value,
-    readable,
-    saved_config,
     scale,
     target_parameters,
 )
-from ktmoe.adapters.fused import ExpertLora, Fused, fuse, split, unite, unpack
-from ktmoe.adapters.layout import PER_EXPERT, CheckpointLayout
+from ktmoe.adapters.fused import ExpertLora, Fused, split, unite, unpack
+from ktmoe.adapters.layout import CheckpointLayout
 from ktmoe.types import PROJECTIONS, KTError, MoEShape
 
 
@@ -81,7 +74,8 @@ def read_adapter(
         **hub: `subfolder`, `revision` ... as peft takes them.
 
     Raises:
-        KTError: no adapter, not LoRA, damaged, trained numbers that nothing reads, or expert keys that are missing, of a wrong shape or of another model.
+        KTError: no adapter, not LoRA, damaged, trained numbers that nothing reads, or expert keys that are missing, of
+            a wrong shape or of another model.
     """
     hub = {k: v for k, v in hub.items() if v is not None}
     config = copy.deepcopy(config) or read_config(source, **hub)

@@ -122,8 +122,8 @@ def _check_injection(tuner: Any, model: nn.Module, adapter_name: str, *args: Any
     for name in _reached(config, model, tuple(layout_of(model).projections.values()) if exact else ()):
         raise KTError(
             f"peft_config: it names routed experts ({name}), which peft's own functions, and TRL's `peft_config`, "
-            "cannot adapt. Call `ktmoe.get_peft_model(model, peft_config)`, and give a trainer the model that it "
-            "returns, without a peft_config."
+            "cannot adapt. Call `ktmoe.get_peft_model(model, peft_config)`, or `ktmoe.load_adapter(model, path)` for a "
+            "saved adapter; a trainer takes the model that they return, and no peft_config."
         )
 
 
@@ -189,13 +189,14 @@ def refuse_lost_experts(model: nn.Module, state_dict: dict[str, Any], prefix: st
 
 
 def _take_out(model: Any) -> None:
-    for name, module in [(n, m) for n, m in model.named_modules() if isinstance(m, (BaseTunerLayer, ModulesToSaveWrapper))]:
+    for name, module in [
+        (n, m) for n, m in model.named_modules() if isinstance(m, (BaseTunerLayer, ModulesToSaveWrapper))
+    ]:
         parent, _, leaf = name.rpartition(".")
         inner = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module.original_module
         setattr(model.get_submodule(parent), leaf, inner)
     vars(model).pop("peft_config", None)
     vars(model).pop("_hf_peft_config_loaded", None)
-
 
 
 def refuse_expert_adapter(model: Any, load: Any, peft_model_id: Any = None, *args: Any, **kwargs: Any) -> Any:

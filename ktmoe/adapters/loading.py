@@ -173,7 +173,10 @@ def _check_rest(model: Any, adapter: Adapter, name: str, own: Mapping[str, Tenso
         raise KTError(
             f"{adapter.source}: the adapter does not fit this model. Missing: {missing[:5] or 'none'}; not expected: "
             f"{odd[:5] or 'none'}."
-            + (" modules_to_save in adapter_config.json names it: save the adapter again, or take it out." * bool(saved))
+            + (
+                " modules_to_save in adapter_config.json names it: save the adapter again, or take it out."
+                * bool(saved)
+            )
         )
     return whole
 

@@ -150,7 +150,7 @@ class _KTPeftMixin(_Pickled):
         low_cpu_mem_usage: bool = False,
         autocast_adapter_dtype: bool = True,
     ) -> None:
-        """`PeftModel.add_adapter`, for the routed experts too. Other adapters stay frozen or trainable as they were."""
+        """`PeftModel.add_adapter`, for the routed experts too. Other adapters stay frozen or not, as they were."""
         refuse_unsupported(low_cpu_mem_usage=low_cpu_mem_usage)
         if adapter_name in self.peft_config:
             raise KTError(
