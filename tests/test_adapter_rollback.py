@@ -5,6 +5,7 @@ catches by mistake.
 """
 
 import os
+import shutil
 import sys
 
 import peft
@@ -139,7 +140,7 @@ def test_every_step_fails_in_turn(name, folder):
     assert 0 < counted.seen < whole.seen
     _forget(folder, name)
 
-    @settings(max_examples=12)
+    @settings(max_examples=6)
     @given(st.integers(1, counted.seen))
     def fails(at):
         made = make(folder)
@@ -147,13 +148,20 @@ def test_every_step_fails_in_turn(name, folder):
         expected = logits(made)
         made.train(not exact)
         before["training"] = {n: m.training for n, m in made.named_modules()}
-        with pytest.raises(KeyboardInterrupt) as caught, Fault(at):
-            operate(made, folder)
+        fault = Fault(at)
+        try:
+            with fault:
+                operate(made, folder)
+        except KeyboardInterrupt as error:
+            caught = error
+        else:
+            assert fault.seen < at  # something was remembered since the steps were counted
+            return _forget(folder, name)
         now = state(made, folder)
-        assert {k for k in before if before[k] != now[k]} == set(), caught.value
-        assert same(made, numbers, exact), caught.value
+        assert {k for k in before if before[k] != now[k]} == set(), caught
+        assert same(made, numbers, exact), caught
         got = logits(made.eval())
-        assert torch.equal(got, expected) if exact else relative(got, expected) < 1e-5, caught.value
+        assert torch.equal(got, expected) if exact else relative(got, expected) < 1e-5, caught
         operate(made, folder)  # and nothing is in the way of another try
         _forget(folder, name)
 
@@ -161,7 +169,5 @@ def test_every_step_fails_in_turn(name, folder):
 
 
 def _forget(folder, name):
-    import shutil
-
     if name == "save":
         shutil.rmtree(folder / "new", ignore_errors=True)

@@ -122,8 +122,8 @@ def _check_injection(tuner: Any, model: nn.Module, adapter_name: str, *args: Any
     for name in _reached(config, model, tuple(layout_of(model).projections.values()) if exact else ()):
         raise KTError(
             f"peft_config: it names routed experts ({name}), which peft's own functions, and TRL's `peft_config`, "
-            "cannot adapt. Call `ktmoe.get_peft_model(model, peft_config)`, or `ktmoe.load_adapter(model, path)` for a "
-            "saved adapter; a trainer takes the model that they return, and no peft_config."
+            "cannot adapt. Call `ktmoe.get_peft_model(model, peft_config)`, for a saved adapter "
+            "`ktmoe.load_adapter(model, path)`; a trainer takes the model that they return, and no peft_config."
         )
 
 

@@ -41,7 +41,8 @@ def inject(model: nn.Module, config: LoraConfig, adapter_name: str, **options: A
 def _give_class(peft_model: Any) -> None:
     for made, mixin in ((peft_model, _KTPeftMixin), (peft_model.base_model, _KTLoraMixin)):
         if not isinstance(made, mixin):
-            made.__class__ = ktmoe_class(type(made))
+            stock: Any = type(made)
+            made.__class__ = ktmoe_class(stock)
 
 
 @functools.cache

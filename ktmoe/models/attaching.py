@@ -143,10 +143,9 @@ def detach(model: nn.Module) -> nn.Module:
     with all_or_nothing(model):
         for name, experts in layers.items():
             put_back(model, name, experts)
+            experts.close()  # loaded again when it is needed, should the rest fail
         _allow_saving(model)
         unwatch(model)
-    for experts in layers.values():
-        experts.close()
     return model
 
 
