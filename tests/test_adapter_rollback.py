@@ -30,7 +30,7 @@ class Fault:
     """Counts the steps of what runs within, and interrupts the one of a number."""
 
     def __init__(self, at=None):
-        self.at, self.seen = at, 0
+        self.at, self.seen, self.where = at, 0, ""
 
     def __enter__(self):
         sys.setprofile(self._see)
@@ -46,7 +46,8 @@ class Fault:
         self.seen += 1
         if self.seen == self.at:
             sys.setprofile(None)
-            raise KeyboardInterrupt(f"{file}: {frame.f_code.co_name}")
+            self.where = f"{file}: {frame.f_code.co_name}, from {frame.f_back and frame.f_back.f_code.co_name}"
+            raise KeyboardInterrupt(self.where)
 
 
 def state(made, folder):
@@ -155,7 +156,7 @@ def test_every_step_fails_in_turn(name, folder):
         except KeyboardInterrupt as error:
             caught = error
         else:
-            assert fault.seen < at  # something was remembered since the steps were counted
+            assert fault.seen < at, fault.where  # something was remembered since the steps were counted
             return _forget(folder, name)
         now = state(made, folder)
         assert {k for k in before if before[k] != now[k]} == set(), caught

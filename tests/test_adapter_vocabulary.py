@@ -10,7 +10,7 @@ from helpers import relative
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from test_models import REFERENCE, logits, lora, model, moved
-from transformers import Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import ktmoe
 from ktmoe import KTError
@@ -148,3 +148,11 @@ def test_the_trainer_ends_with_its_best_model_and_goes_on(tmp_path):
     Trainer(again, args, train_dataset=data, eval_dataset=data).train(
         resume_from_checkpoint=str(tmp_path / "checkpoint-4")
     )
+
+
+def test_a_module_trained_whole_is_merged(tmp_path):
+    made = moved(attach(model(), REFERENCE, lora=lora("q_proj", "experts", modules_to_save=["lm_head"])))
+    made.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
+    model().save_pretrained(tmp_path / "model")
+    ktmoe.merge_adapter(tmp_path / "model", tmp_path / "adapter", tmp_path / "merged")
+    assert relative(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged")), logits(made)) < 1e-5

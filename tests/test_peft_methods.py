@@ -201,6 +201,10 @@ REFUSED = {
         "got 'x'.*default",
     ),
     "LoraModel.merge_adapter, names": (lambda m: m.merge_adapter(["nobody"]), "nobody"),
+    "PeftModel.save_pretrained, initial": (
+        lambda m: m.save_pretrained("x", path_initial_model_for_weight_conversion="y"),
+        "nothing to convert",
+    ),
     "hotswap.prepare_model_for_compiled_hotswap": (
         lambda m: hotswap.prepare_model_for_compiled_hotswap(m, target_rank=8),
         r"hotswap.*model\.load_adapter",
@@ -356,6 +360,48 @@ def test_stock_loading_says_that_it_would_leave_experts_out(family, name, load, 
     assert torch.equal(logits(base), before)
     assert {n: type(m) for n, m in base.named_modules()} == modules
     assert torch.equal(logits(ktmoe.load_adapter(base, tmp_path)), logits(trained))  # the remedy
+
+
+def test_a_second_adapter_by_stock_functions_leaves_the_first(tmp_path):
+    moved(attach(model(), REFERENCE, lora=lora("k_proj", "experts"))).save_pretrained(tmp_path)
+    stock = moved(peft.get_peft_model(attach(model(), REFERENCE), lora("q_proj")))
+    before = logits(stock)
+    with pytest.raises(KTError, match=r"ktmoe\.load_adapter"):
+        stock.load_adapter(tmp_path, "second")
+    assert list(stock.peft_config) == ["default"]
+    assert torch.equal(logits(stock), before)
+    both = ktmoe.load_adapter(stock, tmp_path, "second")
+    both.base_model.set_adapter(["default", "second"])
+    assert any(m.active_adapters == ["default", "second"] for m in layers(both) if isinstance(m, LoraExperts))
+    assert not torch.equal(logits(both), before)
+    both.save_pretrained(tmp_path / "both")
+    again = ktmoe.load_adapter(attach(model(), REFERENCE), tmp_path / "both" / "second")
+    both.set_adapter("second")
+    assert torch.equal(logits(again), logits(both))
+
+
+def test_a_model_with_adapters_is_not_given_others_over_them(tmp_path):
+    made = moved(attach(model(), REFERENCE, lora=lora("q_proj", "experts")))
+    made.save_pretrained(tmp_path)
+    before = logits(made)
+    for base in (made, made.get_base_model()):
+        with pytest.raises(KTError, match=r"has adapters already.*unload"):
+            ktmoe.get_peft_model(base, lora("experts"))
+    with pytest.raises(KTError, match=r"has adapters already.*unload"):
+        ktmoe.load_adapter(made.get_base_model(), tmp_path)
+    assert torch.equal(logits(made), before)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [lora("nothing"), peft.IA3Config(), peft.AdaptionPromptConfig(adapter_len=2, adapter_layers=1), {"r": 4}],
+)
+def test_what_peft_refuses_is_one_error(config):
+    base = attach(model(), REFERENCE)
+    before = {n: type(m) for n, m in base.named_modules()}
+    with pytest.raises(KTError, match="peft_config: "):
+        ktmoe.get_peft_model(base, config)
+    assert {n: type(m) for n, m in base.named_modules()} == before
 
 
 @pytest.mark.parametrize(("name", "load"), list(loaders())[:2], ids=[n for n, _ in loaders()][:2])

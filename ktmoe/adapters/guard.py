@@ -180,19 +180,29 @@ def refuse_lost_experts(model: nn.Module, state_dict: dict[str, Any], prefix: st
     lost = [k for k in state_dict if "lora_" in k and k not in own and (has_experts([k]) or k.startswith(inside))]
     if not lost:
         return
-    if not any(isinstance(m, LoraExperts) for m in model.modules()) and len(getattr(model, "peft_config", ())) == 1:
-        _take_out(model)
+    _take_out(model, lost)
     raise KTError(
         f"{len(lost)} tensors of LoRA on routed experts would be left out, e.g. {lost[0]}: peft's and transformers' "
         f"own loading does not know experts that ktmoe runs. {_LOAD}"
     )
 
 
-def _take_out(model: Any) -> None:
-    for name, module in [
-        (n, m) for n, m in model.named_modules() if isinstance(m, (BaseTunerLayer, ModulesToSaveWrapper))
-    ]:
-        parent, _, leaf = name.rpartition(".")
+def _take_out(model: Any, keys: list[str]) -> None:
+    """Undoes what stock peft did for an adapter that is about to be refused, if its own LoRA is still empty."""
+    configs = getattr(model, "peft_config", None) or {}
+    name = next((n for n in configs if any(n in k.split(".") for k in keys)), None)
+    layers = [(n, m) for n, m in model.named_modules() if isinstance(m, (BaseTunerLayer, ModulesToSaveWrapper))]
+    filled = (p for n, p in model.named_parameters() if ".lora_B." in n and name in n.split("."))
+    if name is None or any(isinstance(m, LoraExperts) for _, m in layers) or any(p.any() for p in filled):
+        return
+    if len(configs) > 1:
+        for _, layer in layers:
+            if isinstance(layer, BaseTunerLayer):
+                layer.delete_adapter(name)
+        del configs[name]
+        return
+    for path, module in layers:
+        parent, _, leaf = path.rpartition(".")
         inner = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module.original_module
         setattr(model.get_submodule(parent), leaf, inner)
     vars(model).pop("peft_config", None)

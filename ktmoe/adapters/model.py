@@ -13,7 +13,7 @@ from ktmoe.adapters.files import has_experts, read_config
 from ktmoe.adapters.guard import check_other_method, our_own, watch
 from ktmoe.adapters.loading import config_of, fill, read
 from ktmoe.adapters.options import hub_options, refuse_unsupported
-from ktmoe.adapters.peft_model import inject
+from ktmoe.adapters.peft_model import give_class, inject
 from ktmoe.adapters.rollback import all_or_nothing
 from ktmoe.adapters.targets import EXPERTS_TARGET, check_lora_config, prepare_config, routers
 from ktmoe.types import KTError
@@ -57,10 +57,7 @@ def get_peft_model(
     if peft_config.peft_type == PeftType.LORA and isinstance(peft_config, LoraConfig):
         return inject(model, prepare_config(peft_config, model), adapter_name, **options)
     check_other_method(peft_config, model)
-    with all_or_nothing(model), our_own():
-        made = peft.get_peft_model(model, peft_config, adapter_name=adapter_name, **options)
-        watch(model)
-    return made
+    return inject(model, peft_config, adapter_name, **options)
 
 
 def load_adapter(
@@ -144,6 +141,7 @@ def _add(
         )
     if config is not None:
         raise KTError("config: given for a model that has adapters; peft takes it for the first one only.")
+    give_class(model)  # it may be stock peft's
     model.load_adapter(model_id, name, is_trainable=is_trainable, autocast_adapter_dtype=autocast, **kwargs)
     return model
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import peft
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftConfig, PeftModel, PeftType
 from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
@@ -29,16 +29,33 @@ from ktmoe.experts import MoEExperts
 from ktmoe.types import KTError
 
 
-def inject(model: nn.Module, config: LoraConfig, adapter_name: str, **options: Any) -> PeftModel:
-    """`peft.get_peft_model` for a configuration that `prepare_config` or `config_of` has made. All or nothing."""
-    with all_or_nothing(model), our_own():
-        peft_model = peft.get_peft_model(model, config, adapter_name=adapter_name, **options)
-        watch(model)
-    _give_class(peft_model)
+def inject(model: nn.Module, config: PeftConfig, adapter_name: str, **options: Any) -> PeftModel:
+    """`peft.get_peft_model`, of any method of peft's. All or nothing.
+
+    Raises:
+        KTError: the model has adapters, or peft refuses the configuration.
+    """
+    if isinstance(model, PeftModel) or any(isinstance(m, BaseTunerLayer) for m in model.modules()):
+        raise KTError(
+            "model: it has adapters already, whose numbers could be lost. Add another by its own `add_adapter` or "
+            "`load_adapter`, or take them off first: `model = peft_model.unload()`."
+        )
+    try:
+        with all_or_nothing(model), our_own():
+            peft_model = peft.get_peft_model(model, config, adapter_name=adapter_name, **options)
+            watch(model)
+            give_class(peft_model)
+    except KTError:
+        raise
+    except ValueError as error:
+        raise KTError(f"peft_config: {error}") from error
     return peft_model
 
 
-def _give_class(peft_model: Any) -> None:
+def give_class(peft_model: Any) -> None:
+    """Gives a PeftModel with LoRA ktmoe's methods."""
+    if peft_model.peft_type != PeftType.LORA:
+        return
     for made, mixin in ((peft_model, _KTPeftMixin), (peft_model.base_model, _KTLoraMixin)):
         if not isinstance(made, mixin):
             stock: Any = type(made)
@@ -86,11 +103,17 @@ class _KTPeftMixin(_Pickled):
         unknown = [n for n in selected_adapters or () if n not in self.peft_config]
         if unknown:
             raise KTError(f"selected_adapters: got {unknown[0]!r}; this model has {', '.join(self.peft_config)}.")
-        state = kwargs.pop("state_dict", None)
+        state = kwargs.get("state_dict")
         state = self.state_dict() if state is None else state
         prefixes = tuple(f"{name}." for name, _ in expert_layers(self))
-        kwargs["state_dict"] = {k: v for k, v in state.items() if not k.startswith(prefixes)} if prefixes else state
+        if prefixes:
+            kwargs["state_dict"] = {k: v for k, v in state.items() if not k.startswith(prefixes)}
         if path_initial_model_for_weight_conversion is not None:
+            if prefixes:
+                raise KTError(
+                    "path_initial_model_for_weight_conversion: given for LoRA on routed experts, which starts plain: "
+                    "there is nothing to convert. Leave it out."
+                )
             kwargs["path_initial_model_for_weight_conversion"] = path_initial_model_for_weight_conversion
         kwargs |= {"save_embedding_layers": save_embedding_layers, "is_main_process": is_main_process}
         if not is_main_process:

@@ -27,6 +27,7 @@ from ktmoe.types import PROJECTIONS, KTError, Lora
 
 
 _SCALE = "_scale_inv"
+_REPLACED = ".original_module."  # what a module that was trained whole was before
 _FLOATS = ("BF16", "F16", "F32", "F64")
 _WEIGHT_FILES = ("safetensors", "bin", "pt", "pth", "ckpt", "h5", "msgpack", "onnx", "gguf", "part")
 _KINDS = (("shared_expert", "shared experts"), ("shared_mlp", "shared experts"), ("attn", "attention"))
@@ -194,6 +195,8 @@ def _check_modules(adapter: Adapter, model: nn.Module) -> None:
     """Refuses an adapter that is not of this model, or not plain LoRA."""
     parameters = {n: tuple(p.shape) for n, p in model.named_parameters()}
     for key, tensor in adapter.rest.items():
+        if _REPLACED in key:
+            continue
         name, lora, side = key.removeprefix(PREFIX).partition(".lora_")
         if not lora:
             there = parameters.get(_parameter(key), "no parameter of that name")
@@ -312,7 +315,11 @@ def _expert_change(
 
 def _module_changes(adapter: Adapter) -> dict[str, Callable[[Tensor, int], Tensor]]:
     """By parameter name: what makes the merged tensor of the model's."""
-    changes = {_parameter(k): _replacing(tensor) for k, tensor in adapter.rest.items() if ".lora_" not in k}
+    changes = {
+        _parameter(k): _replacing(tensor)
+        for k, tensor in adapter.rest.items()
+        if ".lora_" not in k and _REPLACED not in k
+    }
     for name, module in adapter.modules.items():
         embedding = f"{PREFIX}{name}.lora_embedding_A" in adapter.rest
         sides = (f"{PREFIX}{name}.lora_{f'embedding_{s}' if embedding else f'{s}.weight'}" for s in "AB")
