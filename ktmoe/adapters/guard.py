@@ -11,9 +11,11 @@ import contextvars
 import functools
 import unittest.mock
 from collections.abc import Collection, Iterator
+from pathlib import Path
 from typing import Any
 
 import peft
+from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
 from peft.utils import ModulesToSaveWrapper, hotswap
 from torch import nn
@@ -94,6 +96,7 @@ def install() -> None:
     if getattr(BaseTuner.inject_adapter, "__ktmoe__", False):
         return
     _wrap(BaseTuner, "inject_adapter", _check_injection)
+    _wrap(PeftModel, "load_adapter", _check_files)
     for name in ("hotswap_adapter_from_state_dict", "_convert_scalings_to_tensor"):
         if hasattr(hotswap, name):
             _wrap(hotswap, name, _check_hotswap)
@@ -125,6 +128,14 @@ def _check_injection(tuner: Any, model: nn.Module, adapter_name: str, *args: Any
             "cannot adapt. Call `ktmoe.get_peft_model(model, peft_config)`, for a saved adapter "
             "`ktmoe.load_adapter(model, path)`; a trainer takes the model that they return, and no peft_config."
         )
+
+
+def _check_files(peft_model: Any, model_id: Any, adapter_name: str = "default", *args: Any, **kwargs: Any) -> None:
+    """The forked stack's expert LoRA is in a file that peft does not open."""
+    base = peft_model.get_base_model()
+    if expert_names(base) and Path(model_id, kwargs.get("subfolder") or "", EXPERTS_FILE).is_file():
+        _take_out(base, [f".{adapter_name}."])
+        raise KTError(f"load_adapter: {model_id} has LoRA on routed experts in {EXPERTS_FILE}. {_LOAD}")
 
 
 def _check_hotswap(model: nn.Module, *args: Any, **kwargs: Any) -> None:
