@@ -190,6 +190,10 @@ class MoEExperts(nn.Module):
             self._backend.close()
             self._backend = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickle and copies: without the backend, which is loaded again when it is first needed."""
+        return {**vars(self), "_backend": None}
+
     def _apply(self, fn: Any, recurse: bool = True) -> MoEExperts:
         """Stays on the CPU, since the experts do not fit elsewhere, and its LoRA stays an fp32 master."""
         return super()._apply(stay_fp32_on_cpu(fn), recurse)

@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from ktmoe.adapters import EXPERTS_FILE
 from ktmoe.checkpoints import refuse_quantised
 from ktmoe.config import KTConfig
 from ktmoe.llamafactory.arguments import kt_config
@@ -222,12 +223,15 @@ def check_experts_loaded(peft_model: Any, path: str, hub: Mapping[str, Any]) -> 
     from transformers.utils import cached_file
 
     options = {k: v for k, v in hub.items() if k in ("subfolder", "revision", "cache_dir", "token") and v is not None}
-    file = cached_file(path, "adapter_model.safetensors", _raise_exceptions_for_missing_entries=False, **options)
+    options["_raise_exceptions_for_missing_entries"] = False
+    file = cached_file(path, "adapter_model.safetensors", **options)
     if file is None:  # a .bin file: nobody's that has expert LoRA
         return
     with safe_open(file, "pt") as opened:
         saved = any(_EXPERT_LORA.search(key) for key in opened.keys())
-    if saved and not any(".experts." in name and ".lora_" in name for name, _ in peft_model.named_parameters()):
+    if (saved or cached_file(path, EXPERTS_FILE, **options)) and not any(
+        ".experts." in name and ".lora_" in name for name, _ in peft_model.named_parameters()
+    ):
         raise KTError(
             f"adapter_name_or_path: {path} has LoRA on routed experts, which the installed peft {peft.__version__} "
             f"leaves out without a word for {type(peft_model.get_base_model()).__name__}. Write use_kt: true."

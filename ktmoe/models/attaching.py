@@ -13,7 +13,15 @@ import transformers
 from torch import nn
 from tqdm.auto import tqdm
 
-from ktmoe.adapters import LoraExperts, check_lora_config, get_peft_model
+from ktmoe.adapters import (
+    LoraExperts,
+    all_or_nothing,
+    check_lora_config,
+    get_peft_model,
+    refuse_expert_adapter,
+    unwatch,
+    watch,
+)
 from ktmoe.backends import TABLE, is_kernel
 from ktmoe.checkpoints import Checkpoint
 from ktmoe.config import KTConfig
@@ -44,7 +52,7 @@ def attach(
 
     Args:
         model: one whose experts are plain (gated by silu, no bias, applied after the router): any such model of
-            transformers 5, and the families of transformers 4 in `ktmoe.families`.
+            transformers 5, and the families of transformers 4 in `ktmoe.models.families`.
         config: which backend, threads, limits.
         lora: if given, the adapter is added too, on the experts and on the rest.
         r: the largest LoRA rank that adapters will have, where `lora` does not say it. With neither, the experts are
@@ -88,26 +96,23 @@ def attach(
         for experts in replaced.values():
             experts.close()
         raise
-    for name, experts in replaced.items():
-        layer = found[name]
-        if checkpoint is None:
-            for parameter, tensor in tensors[name].items():
-                parameter.data = tensor  # a copy that was on a GPU is freed
-            experts.original = layer.modules
-        experts.train(layer.modules[0].training)
-        layer.put(experts)
-        _mend(layer.block, experts)
-    _refuse_saving(model)
-    if lora is None:
-        return model
     try:
-        return get_peft_model(model, lora)
+        with all_or_nothing(model):
+            for name, experts in replaced.items():
+                layer = found[name]
+                if checkpoint is None:
+                    for parameter, tensor in tensors[name].items():
+                        parameter.data = tensor  # a copy that was on a GPU is freed
+                    experts.original = layer.modules
+                experts.train(layer.modules[0].training)
+                layer.put(experts)
+                _mend(layer.block, experts)
+            _refuse_saving(model)
+            watch(model)
+            return model if lora is None else get_peft_model(model, lora)
     except BaseException:
-        for name, experts in replaced.items():
-            experts.original = found[name].modules
-            put_back(model, name, experts)
+        for experts in replaced.values():
             experts.close()
-        _allow_saving(model)
         raise
 
 
@@ -166,10 +171,12 @@ def detach(model: nn.Module) -> nn.Module:
             "detach: this model's routed experts were streamed from disk and are nowhere in memory. Load the model "
             "with transformers instead."
         )
-    for name, experts in layers.items():
-        put_back(model, name, experts)
-        experts.close()
-    _allow_saving(model)
+    with all_or_nothing(model):
+        for name, experts in layers.items():
+            put_back(model, name, experts)
+            experts.close()  # loaded again when it is needed, should the rest fail
+        _allow_saving(model)
+        unwatch(model)
     return model
 
 
@@ -330,19 +337,27 @@ def _activation(layers: list[MoEExperts], lora_bytes: int) -> str:
 
 
 _SAVING = ("save_pretrained", "push_to_hub")
+_LOADING = "load_adapter"
 
 
 def _refuse_saving(model: nn.Module) -> None:
-    """Has the model refuse to write itself, and every model inside that has routed experts: they would be left out."""
+    """Has the model refuse what would leave its routed experts out: to write itself, or to load an adapter of theirs.
+
+    Every model inside that has routed experts does the same.
+    """
     for module in model.modules():
+        if not moe_layers(module):
+            continue
         for method in _SAVING:
-            if hasattr(module, method) and moe_layers(module):
+            if hasattr(module, method):
                 setattr(module, method, functools.partial(_refuse_save, f"{type(module).__name__}.{method}"))
+        if load := getattr(type(module), _LOADING, None):
+            setattr(module, _LOADING, functools.partial(refuse_expert_adapter, module, load))
 
 
 def _allow_saving(model: nn.Module) -> None:
     for module in model.modules():
-        for method in _SAVING:
+        for method in (*_SAVING, _LOADING):
             vars(module).pop(method, None)
 
 
