@@ -63,7 +63,8 @@ def train(ctx: typer.Context) -> None:
     """Train with stock LLaMA-Factory: its arguments (CONFIG.yaml key=value ..., or --key value ...) plus ktmoe's.
 
     use_kt: true runs the routed experts on the CPU: kt_backend, kt_num_threads, kt_tp_enabled, kt_num_gpu_experts,
-    kt_weight_path, kt_max_len, kt_share_backward, kt_verify, kt_fallback. Without use_kt, LLaMA-Factory runs as it is.
+    kt_weight_path, kt_max_len, kt_share_backward, kt_cpu_activation, kt_verify, kt_fallback. Without use_kt,
+    LLaMA-Factory runs as it is.
     """
     from ktmoe.llamafactory import main as train_main
 
@@ -122,8 +123,8 @@ def verify(
 ) -> None:
     """Check the kernel on this machine: accuracy against the specification, traps, memory over time, throughput.
 
-    Weights are drawn, not read: those of a model are checked whenever they are loaded. Of MODEL, only config.json is
-    needed.
+    Weights are drawn; where MODEL is a folder with safetensors, every expert is checked on its own weights too, and
+    how far INT8 is from bf16 on them is shown. Otherwise only config.json is needed.
     """
     from ktmoe.verify import report, results
 

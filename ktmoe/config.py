@@ -15,6 +15,7 @@ from ktmoe.types import KTError
 
 
 SHARE_BACKWARD = ("auto", "on", "off")
+ACTIVATION = ("auto", "retain", "recompute")
 FALLBACK = ("error", "torch")
 VERIFY = ("quick", "full", "off")
 
@@ -56,7 +57,7 @@ class KTConfig:
         "auto", "What computes the routed experts: AMXBF16 and AMXInt8 (the kernel), torch, reference, or auto."
     )
     kt_num_threads: int | None = _key(
-        None, "CPU threads of the kernel. Default: the physical cores that the process may use."
+        None, "CPU threads of the kernel. Default: measured, up to the physical cores that the process may use."
     )
     kt_tp_enabled: bool = _key(
         False, "One pool of threads per NUMA node (at most 4), each holding a slice of every expert."
@@ -68,7 +69,13 @@ class KTConfig:
     kt_max_len: int | None = _key(None, "Tokens per kernel call; longer inputs run in chunks. Default: 4096.")
     kt_share_backward: str = _key(
         "auto",
-        "One repacked backward buffer for all layers (on, less memory) or a copy per layer (off, faster). auto: on.",
+        "One repacked backward buffer for all layers (on, less memory) or a copy per layer (off, faster). auto: a "
+        "copy where memory is there.",
+    )
+    kt_cpu_activation: str = _key(
+        "auto",
+        "Whether a layer keeps its experts' input and output, so that gradient checkpointing does not compute them "
+        "again: retain, recompute, or auto (keep while a tenth of the memory is free).",
     )
     kt_verify: str = _key(
         "quick",
@@ -84,6 +91,7 @@ class KTConfig:
         for name, choices in (
             ("kt_backend", (*TABLE, "auto")),
             ("kt_share_backward", SHARE_BACKWARD),
+            ("kt_cpu_activation", ACTIVATION),
             ("kt_verify", VERIFY),
             ("kt_fallback", FALLBACK),
         ):

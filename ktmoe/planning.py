@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import os
-
-import psutil
-
 from ktmoe.backends import TABLE, Plan, kt
 from ktmoe.backends.kt import PackedLayer, PackedModel
 from ktmoe.config import KTConfig
+from ktmoe.cores import usable_cores
 from ktmoe.types import ExpertWeights, KTError, MoEShape
 from ktmoe.validation import check_shape
 
@@ -28,7 +25,7 @@ def plan(config: KTConfig, shape: MoEShape) -> Plan:
     tp = row.largest_tp(shape) if config.kt_tp_enabled else 1
     if config.kt_weight_path and row.takes_packed:
         PackedModel(config.kt_weight_path).check(shape, tp, kt.version())
-    threads = config.kt_num_threads or usable_cores()
+    threads = config.kt_num_threads or max(1, usable_cores() - cores_to_leave())
     return Plan(chosen, threads, tp, config.kt_max_len or 4096, config.kt_share_backward != "off", reasons)
 
 
@@ -51,10 +48,11 @@ def _choose(config: KTConfig, shape: MoEShape) -> tuple[str, tuple[tuple[str, st
     return wanted, ()
 
 
-def usable_cores() -> int:
-    """Physical cores, but no more than this process may use: the kernel's threads wait by spinning."""
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(psutil.cpu_count(logical=False) or allowed, allowed)
+def cores_to_leave() -> int:
+    """Cores that the kernel's default leaves: one for its queue, whose thread spins while the others compute, and more
+    for the caller's own torch on large hosts.
+    """
+    return max(1, usable_cores() // 16)
 
 
 def find_packed(plan: Plan, weights: ExpertWeights, config: KTConfig) -> PackedLayer | None:

@@ -29,7 +29,7 @@ from ktmoe.backends.kt import (
     write_manifest,
 )
 from ktmoe.convert.output import new_folder
-from ktmoe.planning import usable_cores
+from ktmoe.cores import usable_cores
 from ktmoe.types import ExpertWeights, KTError
 
 
