@@ -2,8 +2,8 @@
 
 Every expert is compared with torch on the source's weights. For a backend in 8 bits that tells how far the format is,
 not whether the kernel is right. So a few experts, others in the next layer, are compared with INT8's own arithmetic,
-which takes ten times as long, and besides them every expert that stands out: one that is further off than others, or whose output has
-another length. A misread or swapped expert stands out; one with outliers does too, and then passes.
+which takes seven times as long, and besides them every expert that stands out: one that is further off than others, or
+whose output has another length. A misread or swapped expert stands out; one with outliers does too, and then passes.
 """
 
 from __future__ import annotations
