@@ -317,7 +317,7 @@ def test_an_int8_kernel_in_parts_passes(name):
 
 @pytest.mark.parametrize("name", [INT8])
 def test_layer_after_layer_the_probe_asks_int8_about_other_experts(name, monkeypatch):
-    """A kernel that is slightly wrong for one expert, too little to stand out, is found within 16 layers."""
+    """A kernel that is slightly wrong for one expert, too little to stand out, is found within 64 layers."""
     case = contract.draw_case(dataclasses.replace(SMALL, num_experts=20), 1, 0)
     backend, asked = KernelBackend(name, case.weights, case.shape), []
     real = load_probe._in_8_bits
@@ -325,7 +325,7 @@ def test_layer_after_layer_the_probe_asks_int8_about_other_experts(name, monkeyp
     monkeypatch.setattr(load_probe, "_FAR", float("inf"))
     monkeypatch.setattr(load_probe, "_LENGTH", float("inf"))
     quick, full = (level.probe for level in gate.LEVELS.values())
-    for _ in range(16):
+    for _ in range(64):
         assert load_probe.probe_problems(backend, case.weights, TABLE[name].required, quick, False) == []
     assert sorted(asked) == list(range(20))
     asked.clear()

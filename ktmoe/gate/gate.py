@@ -50,7 +50,7 @@ class Level:
 
 # quick: what a start may cost. full: run anew at every start, for those who doubt the kernel, or this file.
 LEVELS = {
-    "quick": Level(1, 64, False, Depth(torch.bfloat16, 16)),
+    "quick": Level(1, 64, False, Depth(torch.bfloat16, 64)),
     "full": Level(8, 192, True, Depth(torch.float32, 1)),
 }
 _gradients_probed: set[tuple[Plan, MoEShape, bool]] = set()
