@@ -22,6 +22,7 @@ kernel = pytest.mark.kernel
 @pytest.fixture(autouse=True)
 def said(monkeypatch):
     monkeypatch.setattr("ktmoe.notices._said", set())
+    monkeypatch.setattr(choice, "_shared", {})
     monkeypatch.setattr(choice, "usable_cores", lambda: 8)
     monkeypatch.setattr("ktmoe.planning.usable_cores", lambda: 8)
     with warnings.catch_warnings(record=True) as found:
@@ -92,6 +93,8 @@ def test_backward_copies_where_memory_is_there(monkeypatch, free, share):
     monkeypatch.setattr(choice.memory, "available", lambda: int(free * 10**9))
     assert settle(KTConfig(kt_backend="AMXBF16", kt_num_threads=1), SMALL, 10**9).kt_share_backward == share
     assert settle(KTConfig(kt_backend="AMXInt8", kt_num_threads=1), SMALL, 10**9).kt_share_backward == "on"
+    monkeypatch.setattr(choice.memory, "available", lambda: 0)  # taken by the model that was attached before
+    assert settle(KTConfig(kt_backend="AMXBF16", kt_num_threads=1), SMALL, 10**9).kt_share_backward == share
     one = bf16_bytes(SMALL)
     monkeypatch.setattr(choice.memory, "available", lambda: int(free * one))
     experts = MoEExperts(weights(), top_k=2, config=KTConfig(kt_backend="AMXBF16", kt_num_threads=1))

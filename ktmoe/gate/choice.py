@@ -22,6 +22,7 @@ from ktmoe.types import KTError, MoEShape
 
 _COMFORTABLE = 0.6  # of the free memory: what both copies of all weights may take
 _WORTH_IT = 16 * 2**20  # bytes of a layer's experts; smaller ones are not measured
+_shared: dict[int, str] = {}  # by bytes of all experts
 _TIMEOUT = 120  # seconds; measuring takes three to ten
 
 
@@ -67,10 +68,12 @@ def _kernel_can(config: KTConfig, shape: MoEShape) -> bool:
 def _share(config: KTConfig, size: int) -> str:
     """A backward copy for each layer costs as much again as the forward's, and saves repacking at every backward.
 
-    INT8 shares: its objects with a copy of their own cannot be reloaded (K22).
+    INT8 shares: its objects with a copy of their own cannot be reloaded (K22). Decided once for a model: objects of
+    closed layers wait for the next that is built alike, and still hold their memory.
     """
-    fits = config.kt_backend != "AMXInt8" and 2 * size < _COMFORTABLE * memory.available()
-    return "off" if fits else "on"
+    if config.kt_backend == "AMXInt8":
+        return "on"
+    return _shared.setdefault(size, "off" if 2 * size < _COMFORTABLE * memory.available() else "on")
 
 
 def _candidates(config: KTConfig, shape: MoEShape) -> list[Plan]:
