@@ -4,6 +4,7 @@ A step is the call of a function of ktmoe's, peft's or transformers'. The fault 
 catches by mistake.
 """
 
+import gc
 import os
 import shutil
 import sys
@@ -33,11 +34,13 @@ class Fault:
         self.at, self.seen, self.where = at, 0, ""
 
     def __enter__(self):
+        gc.disable()  # finalizers run when it likes, and swallow what is raised in them
         sys.setprofile(self._see)
         return self
 
     def __exit__(self, *exc):
         sys.setprofile(None)
+        gc.enable()
 
     def _see(self, frame, event, arg):
         file = frame.f_code.co_filename
@@ -121,7 +124,7 @@ OPERATIONS = {
     "load over it": (adapted, lambda m, f: m.load_adapter(f / "1", "default")),
     "add_adapter": (frozen, lambda m, f: m.add_adapter("other", lora("k_proj", "experts", r=2))),
     "save": (adapted, lambda m, f: m.save_pretrained(f / "new")),
-    "save over it": (lambda f: moved(frozen(f)), lambda m, f: m.save_pretrained(f / "out")),
+    "save over it": (lambda f: frozen(f) and moved(adapted(f), 5), lambda m, f: m.save_pretrained(f / "out")),
     "merge_adapter": (adapted, lambda m, f: m.merge_adapter()),
     "merge_and_unload": (adapted, lambda m, f: m.merge_and_unload()),
     "unload": (adapted, lambda m, f: m.unload()),
@@ -147,7 +150,7 @@ def test_every_step_fails_in_turn(name, folder):
         made = make(folder)
         before, numbers = state(made, folder), {k: v.clone() for k, v in made.state_dict().items()}
         expected = logits(made)
-        made.train(not exact)
+        made.train()
         before["training"] = {n: m.training for n, m in made.named_modules()}
         fault = Fault(at)
         try:

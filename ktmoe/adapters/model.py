@@ -135,8 +135,8 @@ def load_adapter(
             autocast_adapter_dtype=autocast_adapter_dtype,
         )
         fill(peft_model, adapter, adapter_name)
-    if not is_trainable:
-        peft_model.eval()
+        if not is_trainable:
+            peft_model.eval()
     return peft_model
 
 

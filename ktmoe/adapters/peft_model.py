@@ -163,8 +163,8 @@ class _KTPeftMixin(_Pickled):
                     super().add_adapter(adapter_name, config, **options)  # type: ignore[misc]
                 _set_requires_grad(self, adapter_name, is_trainable)
             result = fill(self, adapter, adapter_name)
-        if not is_trainable:
-            self.eval()
+            if not is_trainable:
+                self.eval()
         return result
 
     def add_adapter(

@@ -229,9 +229,8 @@ def check_experts_loaded(peft_model: Any, path: str, hub: Mapping[str, Any]) -> 
         return
     with safe_open(file, "pt") as opened:
         saved = any(_EXPERT_LORA.search(key) for key in opened.keys())
-    if (saved or cached_file(path, EXPERTS_FILE, **options)) and not any(
-        ".experts." in name and ".lora_" in name for name, _ in peft_model.named_parameters()
-    ):
+    there = any(".experts." in name and ".lora_" in name for name, _ in peft_model.named_parameters())
+    if (saved and not there) or cached_file(path, EXPERTS_FILE, **options):  # stock peft never opens the latter
         raise KTError(
             f"adapter_name_or_path: {path} has LoRA on routed experts, which the installed peft {peft.__version__} "
             f"leaves out without a word for {type(peft_model.get_base_model()).__name__}. Write use_kt: true."
