@@ -23,7 +23,7 @@ from ktmoe.adapters import model as adapters
 from ktmoe.adapters import peft_model, writing
 from ktmoe.adapters.layout import FUSED, checkpoint_layout
 from ktmoe.adapters.targets import routers
-from ktmoe.models.attaching import attach
+from ktmoe.models import attach
 from ktmoe.types import LORA_NAMES, MoEShape
 
 

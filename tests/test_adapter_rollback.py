@@ -21,7 +21,7 @@ from test_models import REFERENCE, logits, lora, model, moved
 
 import ktmoe
 from ktmoe.adapters import rollback
-from ktmoe.models.attaching import attach
+from ktmoe.models import attach
 
 
 _WATCHED = tuple(os.path.dirname(m.__file__) + os.sep for m in (ktmoe, peft, transformers))

@@ -11,7 +11,7 @@ from test_models import REFERENCE, lora, moved
 
 import ktmoe
 from ktmoe import KTError
-from ktmoe.models.attaching import attach, check_model
+from ktmoe.models import attach, check_model
 
 
 ROUTERS = {"Phi-MoE": "router" if families.VERSION >= (5, 0) else "gate", "Granite-MoE": "layer", "Hunyuan-v1": "wg"}

@@ -18,7 +18,7 @@ from torch import nn
 
 import ktmoe
 from ktmoe import KTError, MoEExperts
-from ktmoe.models.attaching import attach, check_model
+from ktmoe.models import attach, check_model
 from ktmoe.types import PROJECTIONS, ExpertWeights
 
 

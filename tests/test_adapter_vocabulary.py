@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import ktmoe
 from ktmoe import KTError
-from ktmoe.models.attaching import attach
+from ktmoe.models import attach
 
 
 WHOLE = ["embed_tokens", "lm_head"]

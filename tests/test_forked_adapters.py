@@ -12,7 +12,7 @@ from test_models import REFERENCE, logits, lora, model, moved
 import ktmoe
 from ktmoe import KTError
 from ktmoe.adapters.beside import EXPERTS_FILE, MANIFEST
-from ktmoe.models.attaching import attach
+from ktmoe.models import attach
 
 
 def forked(folder, manifest=True, alpha=8):

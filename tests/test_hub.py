@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 import ktmoe
 from ktmoe import KTError
 from ktmoe.convert import quantize
-from ktmoe.models.attaching import attach
+from ktmoe.models import attach
 
 
 COMMITS = {"main": "a" * 40, "v2": "b" * 40}

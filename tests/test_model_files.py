@@ -19,7 +19,7 @@ from ktmoe import KTError
 from ktmoe.checkpoints import files
 from ktmoe.checkpoints.files import find_files
 from ktmoe.convert import quantize
-from ktmoe.models.attaching import attach, moe_layers
+from ktmoe.models import attach, moe_layers
 
 
 INDEX = "model.safetensors.index.json"

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 import ktmoe
 from ktmoe import KTConfig, KTError
 from ktmoe.adapters.model import get_peft_model
-from ktmoe.models.attaching import attach, check_model, summary
+from ktmoe.models import attach, check_model, summary
 
 
 # Those whose adapters are tried here; tests/test_families.py has all.

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 import ktmoe
 from ktmoe import KTConfig, KTError
 from ktmoe.adapters.layer import LoraExperts
-from ktmoe.models.attaching import attach
+from ktmoe.models import attach
 
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")

@@ -17,7 +17,7 @@ from test_models import REFERENCE, logits, lora, model, moved
 
 import ktmoe
 from ktmoe import KTError
-from ktmoe.models.attaching import attach
+from ktmoe.models import attach
 
 
 def pair(tmp_path, **options):

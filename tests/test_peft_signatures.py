@@ -11,7 +11,7 @@ from test_models import REFERENCE, lora, model
 import ktmoe
 from ktmoe import KTError
 from ktmoe.adapters.peft_model import _KTLoraMixin, _KTPeftMixin
-from ktmoe.models.attaching import attach
+from ktmoe.models import attach
 
 
 # Ours may have these on releases that do not have them yet: new ones are put at the end by peft.

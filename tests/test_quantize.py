@@ -32,7 +32,7 @@ from ktmoe.backends.kt.packed import PackedModel
 from ktmoe.cli import app
 from ktmoe.convert.quantize import pack, quantize_model
 from ktmoe.gate import contract
-from ktmoe.models.attaching import attach, moe_layers
+from ktmoe.models import attach, moe_layers
 from ktmoe.planning import find_packed, plan
 from ktmoe.types import MoEShape
 

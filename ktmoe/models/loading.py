@@ -24,8 +24,9 @@ from ktmoe.models.arguments import (
     options_for,
     whose,
 )
-from ktmoe.models.attaching import attach, auto_class, check_model, experts_in, skeleton
+from ktmoe.models.attaching import attach
 from ktmoe.models.families import expert_modules
+from ktmoe.models.skeleton import auto_class, check_model, experts_in, make_skeleton
 from ktmoe.types import KTError
 
 
@@ -108,7 +109,7 @@ def check_headers(model_config: Any, checkpoint: Checkpoint, trust_remote_code: 
     Raises:
         KTError: names the file and the key.
     """
-    model = skeleton(model_config, trust_remote_code)
+    model = make_skeleton(model_config, trust_remote_code)
     experts_in(model, checkpoint)
     checkpoint.check_numbers(CheckpointNames(model, ()), dict(model.named_parameters()))
 
