@@ -14,7 +14,7 @@ from torch import nn
 from ktmoe.adapters import check_lora_config
 from ktmoe.checkpoints import Checkpoint
 from ktmoe.config import KTConfig
-from ktmoe.models.families import Layer, expert_modules, find
+from ktmoe.models.families import Layer, expert_modules, find, names_on_disk
 from ktmoe.planning import plan
 from ktmoe.types import ExpertWeights, KTError, MoEShape
 
