@@ -11,7 +11,7 @@ from helpers import KERNEL_BACKENDS, SMALL, loaded, run_python, weights
 from ktmoe import KernelError, KTConfig, KTError, MoEExperts
 from ktmoe.backends import plan
 from ktmoe.backends.torch import TorchBackend
-from ktmoe.cli import run
+from ktmoe.exits import run
 from ktmoe.gate import certificate, contract, gate
 from ktmoe.types import ExpertWeights
 

@@ -187,7 +187,7 @@ def test_rules_name_keys_of_llamafactory(llamafactory):
     """A key that LLaMA-Factory renames would never be refused again."""
     from llamafactory.hparams.parser import _TRAIN_ARGS
 
-    from ktmoe.llamafactory.preflight import _RULES
+    from ktmoe.llamafactory.rules import _RULES
 
     # `use_mca` is no key: LLaMA-Factory sets it while parsing.
     assert set(_RULES) - {f.name for cls in _TRAIN_ARGS for f in dataclasses.fields(cls)} <= {"use_mca"}

@@ -47,10 +47,10 @@ def main(argv: Sequence[str], command: str = "train") -> None:
 
 def _engage(args: keys.Args) -> None:
     """Checks what would otherwise fail while LLaMA-Factory is imported or launched, and sets how it launches."""
-    from ktmoe.llamafactory import preflight
+    from ktmoe.llamafactory import preflight, rules
 
     preflight.check_environment()
-    preflight.check_values(keys.values(args))
+    rules.check_values(keys.values(args))
     os.environ["USE_KT"] = "1"  # the launcher reads this, not the YAML: without it, several GPUs mean torchrun
     os.environ.setdefault("NPROC_PER_NODE", "1")  # for FORCE_TORCHRUN; its default is the number of GPUs
     if shutil.which("torchrun") is None:  # a virtual environment that is used without being activated
