@@ -253,9 +253,9 @@ def test_packed_for_other_parts(tmp_path, monkeypatch):
     pack(layers(WIDE, 2), tmp_path, "drawn", tp=2, threads=2)
     with pytest.raises(KTError, match=r"packed for 2 parts .* make 1.*ktmoe quantize MODEL OUT\."):
         load(tmp_path, shape=WIDE)
-    monkeypatch.setattr(kernel_module, "numa_nodes", lambda: [0, 1])
+    monkeypatch.setattr("ktmoe.backends.numa_nodes", lambda: [0, 1])
     load(tmp_path, shape=WIDE, kt_tp_enabled=True).close()
-    monkeypatch.setattr(kernel_module, "numa_nodes", lambda: [0, 1, 2, 3])
+    monkeypatch.setattr("ktmoe.backends.numa_nodes", lambda: [0, 1, 2, 3])
     with pytest.raises(KTError, match=r"packed for 2 parts .* make 4.*--tp 4"):
         load(tmp_path, shape=WIDE, kt_tp_enabled=True)
 

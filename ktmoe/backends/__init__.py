@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from dataclasses import dataclass
-
-import psutil
 
 from ktmoe.backends.kt import kernel
 from ktmoe.backends.reference import ReferenceBackend
 from ktmoe.backends.torch import TorchBackend
 from ktmoe.checkpoints.packed import PackedLayer, PackedModel
 from ktmoe.config import KTConfig
+from ktmoe.cores import numa_nodes, usable_cores
 from ktmoe.interface import Backend
 from ktmoe.types import ExpertWeights, KTError, MoEShape
 from ktmoe.validation import check_shape
@@ -73,16 +71,10 @@ def plan(config: KTConfig, shape: MoEShape) -> Plan:
     threads = config.kt_num_threads or usable_cores()
     tp = 1
     if config.kt_tp_enabled and wanted in KERNEL_BACKENDS:
-        tp = kernel.valid_tp(wanted, shape, len(kernel.numa_nodes()))
+        tp = kernel.valid_tp(wanted, shape, len(numa_nodes()))
     if config.kt_weight_path and wanted in KERNEL_BACKENDS:
         PackedModel(config.kt_weight_path).check(shape, tp, kernel.version())
     return Plan(wanted, threads, tp, config.kt_max_len or 4096, config.kt_share_backward != "off", note)
-
-
-def usable_cores() -> int:
-    """Physical cores, but no more than this process may use: the kernel's threads wait by spinning."""
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(psutil.cpu_count(logical=False) or allowed, allowed)
 
 
 def find_packed(plan: Plan, weights: ExpertWeights, config: KTConfig) -> PackedLayer | None:
@@ -113,6 +105,11 @@ def build(
     """
     if plan.note:
         say_once(f"ktmoe: the routed experts run on the {plan.backend} backend ({plan.note}).")
+    if plan.threads > usable_cores():
+        say_once(
+            f"ktmoe: kt_num_threads: {plan.threads} threads on the {usable_cores()} cores that this process may use "
+            "(physical cores, affinity mask, container quota): they will wait for each other. Leave it out."
+        )
     if plan.backend == "reference":
         return ReferenceBackend(weights, shape)
     if plan.backend == "torch":

@@ -17,7 +17,6 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 import ktmoe
-from ktmoe.backends import usable_cores
 from ktmoe.backends.kt import kernel
 from ktmoe.backends.kt.int8_files import Int8Files
 from ktmoe.checkpoints.packed import (
@@ -30,6 +29,7 @@ from ktmoe.checkpoints.packed import (
     fingerprint,
     write_manifest,
 )
+from ktmoe.cores import usable_cores
 from ktmoe.types import ExpertWeights, KTError
 
 

@@ -18,7 +18,7 @@ import torch
 from ktmoe_reference import LORA_NAMES
 from torch import Tensor
 
-from ktmoe.backends.kt.extension import Host, available, extension_path, numa_nodes, quiet, variant, version
+from ktmoe.backends.kt.extension import Host, available, extension_path, quiet, variant, version
 from ktmoe.backends.kt.objects import KernelObject, contiguous, create
 from ktmoe.backends.kt.staging import staging
 from ktmoe.backends.torch import TorchBackend
@@ -32,7 +32,6 @@ __all__ = [
     "available",
     "check_shape",
     "extension_path",
-    "numa_nodes",
     "valid_tp",
     "variant",
     "version",

@@ -1,0 +1,110 @@
+"""The CPU cores that are this process's own: affinity mask, cgroup quota, and one of each pair of hyper-threads.
+
+A kernel thread waits by spinning, so one too many costs whole scheduler ticks, and one outside of the mask takes a
+core that was given to somebody else.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+
+_ROOT = Path("/")
+
+
+def usable_cores(root: Path = _ROOT) -> int:
+    """Physical cores that the process may keep busy: those in its mask, no more than its quota, at least one.
+
+    Args:
+        root: where `/proc` and `/sys` are.
+    """
+    limit = quota(root)
+    found = len(cores(root))
+    return max(1, found if limit is None else min(found, int(limit)))
+
+
+def cores(root: Path = _ROOT, node: int | None = None) -> list[list[int]]:
+    """The physical cores in the process's mask, each with its hyper-threads in the mask.
+
+    Args:
+        root: where `/proc` and `/sys` are.
+        node: only those of this NUMA node.
+    """
+    system = root / "sys/devices/system"
+    near = None if node is None else _ids(system / f"node/node{node}/cpulist")
+    found: dict[str, list[int]] = {}
+    for cpu in sorted(_mask()):
+        if near is None or cpu in near:
+            siblings = _text(system / f"cpu/cpu{cpu}/topology/thread_siblings_list") or str(cpu)
+            found.setdefault(siblings, []).append(cpu)
+    return list(found.values())
+
+
+def numa_nodes(root: Path = _ROOT) -> list[int]:
+    """Ids of the NUMA nodes that have cores in the process's mask, [0] where the system does not say."""
+    names = (root / "sys/devices/system/node").glob("node[0-9]*")
+    found = sorted(int(n.name.removeprefix("node")) for n in names)
+    return [n for n in found if cores(root, n)] or found[:1] or [0]
+
+
+def shares(threads: int, own: Sequence[Sequence[int]]) -> list[set[int]]:
+    """CPUs for each of some threads: cores of its own, all of them used; threads beyond the cores go round again.
+
+    A thread that may choose among several cores finds a free one where another process is at work.
+
+    Args:
+        threads: how many.
+        own: the cores, as `cores` gives them.
+    """
+    n = len(own)
+    ends = [(t * n // threads, (t + 1) * n // threads) for t in range(threads)] if threads < n else []
+    groups = [own[a:b] for a, b in ends] or [[own[t % n]] for t in range(threads)]
+    return [{cpu for core in group for cpu in core} for group in groups]
+
+
+def quota(root: Path = _ROOT) -> float | None:
+    """CPUs that the process's control groups (v1, v2) grant it over time, the least of all levels; None: no limit."""
+    limits = [limit for folder in _groups(root) if (limit := _limit(folder)) is not None]
+    return min(limits, default=None)
+
+
+def _groups(root: Path) -> Iterator[Path]:
+    """Folders that may hold a CPU limit. A container sees its own group as the mount's top, whatever its path says."""
+    for line in _text(root / "proc/self/cgroup").splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        tops = (controllers, "cpu") if controllers else (".", "unified")
+        for top in dict.fromkeys(root / "sys/fs/cgroup" / name for name in tops):
+            inner = Path(path.strip("/"))
+            levels = [] if ".." in inner.parts else [inner, *inner.parents]
+            yield from dict.fromkeys([top, *(top / level for level in levels)])
+
+
+def _limit(folder: Path) -> float | None:
+    allowed, _, period = _text(folder / "cpu.max").partition(" ")
+    if not allowed:
+        allowed, period = _text(folder / "cpu.cfs_quota_us"), _text(folder / "cpu.cfs_period_us")
+    try:
+        return int(allowed) / int(period) if int(allowed) > 0 else None
+    except (ValueError, ZeroDivisionError):  # "max", or no such file
+        return None
+
+
+def _mask() -> set[int]:
+    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+
+
+def _ids(path: Path) -> set[int]:
+    """`0-3,8` as numbers."""
+    spans = [span.partition("-") for span in _text(path).split(",") if span]
+    return {cpu for first, _, last in spans for cpu in range(int(first), int(last or first) + 1)}
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return ""
