@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from ktmoe.interface import Backend
 from ktmoe.types import Inputs, Lora, MoEShape
-from ktmoe.validation import check_unchanged, make_inputs, own_settings
+from ktmoe.validation import check_unchanged, make_inputs
 
 
 @torch.compiler.disable
@@ -46,7 +46,7 @@ class _RunExperts(torch.autograd.Function):
         ctx: Any, backend: Backend, save: bool, scaling: float, hidden_states: Tensor, index: Tensor, weights: Tensor,
         *lora: Tensor,
     ) -> Tensor:  # fmt: skip
-        with own_settings():
+        with backend.working():
             inputs = _inputs(backend, hidden_states, index, weights, lora, scaling)
             out, ticket = backend.forward(inputs, save=save)
         if save:
@@ -61,7 +61,7 @@ class _RunExperts(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> Any:
         hidden_states, index, weights, ticket, *lora = ctx.saved_tensors
         check_unchanged(grad_output, hidden_states, index, weights, _by_name(lora, ctx.scaling), ctx.backend.shape)
-        with own_settings():
+        with ctx.backend.working():
             inputs = _inputs(ctx.backend, hidden_states, index, weights, tuple(lora), ctx.scaling)
             grad = grad_output.to("cpu", inputs.hidden_states.dtype).resolve_neg().contiguous()
             grads = ctx.backend.backward(int(ticket), inputs, grad)

@@ -51,7 +51,9 @@ class KTConfig:
         "auto", "What computes the routed experts: AMXBF16, AMXInt8 (kt_kernel), torch, reference, or auto."
     )
     kt_num_threads: int | None = _key(
-        None, "CPU threads of the kernel. Default: the physical cores that the process may use."
+        None,
+        "CPU threads of the routed experts. Default: the kernel takes the physical cores that the process may use, "
+        "the other backends as many as torch has.",
     )
     kt_tp_enabled: bool = _key(
         False, "One pool of threads per NUMA node (at most 4), each holding a slice of every expert."

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
 
 import torch
+
+from ktmoe.types import KTError
+from ktmoe.validation import own_settings
 
 
 if TYPE_CHECKING:
@@ -15,6 +22,8 @@ if TYPE_CHECKING:
 
 
 STATELESS = 0  # the ticket of a backend that keeps nothing between forward and backward
+_MADE_HERE: WeakSet[Backend] = WeakSet()  # not the copies that a forked child has of its parent's
+os.register_at_fork(after_in_child=_MADE_HERE.clear)
 
 
 class Backend(ABC):
@@ -28,12 +37,44 @@ class Backend(ABC):
         shape: what it was built for.
         compute_dtype: the dtype that `Inputs.hidden_states` must have.
         reloaded: whether the weights are in an object that held another layer's before.
+        threads: torch's threads while it computes; None: as many as torch has.
     """
 
     name: str
     shape: MoEShape
     compute_dtype: torch.dtype
     reloaded: bool = False
+    threads: int | None = None
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """Notes the process; unpickling and copying come by here too."""
+        made = super().__new__(cls)
+        _MADE_HERE.add(made)
+        return made
+
+    @contextmanager
+    def working(self) -> Iterator[None]:
+        """Around every forward and backward: the caller's settings kept away, and torch on `threads` threads.
+
+        Raises:
+            KTError: several threads in a forked child, which would wait for ever for those of its parent.
+        """
+        before = torch.get_num_threads()
+        threads = self.threads or before
+        if threads > 1 and self not in _MADE_HERE:
+            raise KTError(
+                "The routed experts were called in a forked process; threads live in the parent only. Use dataloader "
+                "workers for data alone, or start processes with the 'spawn' method."
+            )
+        with own_settings():
+            if threads == before:
+                yield
+                return
+            torch.set_num_threads(threads)
+            try:
+                yield
+            finally:
+                torch.set_num_threads(before)
 
     @abstractmethod
     def forward(self, inputs: Inputs, *, save: bool) -> tuple[Tensor, int]:

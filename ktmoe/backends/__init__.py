@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from dataclasses import dataclass
+
+from torch import get_num_threads  # `torch` is a module of this package
 
 from ktmoe.backends.kt import kernel
 from ktmoe.backends.reference import ReferenceBackend
@@ -26,7 +29,7 @@ class Plan:
 
     Attributes:
         backend: AMXBF16, AMXInt8, torch or reference.
-        threads: CPU threads of the kernel.
+        threads: CPU threads of the kernel, or of torch while it computes experts (None: as many as it has).
         tp: parts of the intermediate dimension.
         max_len: tokens per kernel call.
         share_backward: whether the layers share one repacked backward buffer.
@@ -34,7 +37,7 @@ class Plan:
     """
 
     backend: str
-    threads: int
+    threads: int | None
     tp: int
     max_len: int
     share_backward: bool
@@ -68,7 +71,7 @@ def plan(config: KTConfig, shape: MoEShape) -> Plan:
         if not kernel.available():
             unused = ", and kt_weight_path is of no use" if config.kt_weight_path else ""
             wanted, note = "torch", f"no SFT kernel on this host{unused}: {kernel.variant()}"
-    threads = config.kt_num_threads or usable_cores()
+    threads = config.kt_num_threads or (usable_cores() if wanted in KERNEL_BACKENDS else None)
     tp = 1
     if config.kt_tp_enabled and wanted in KERNEL_BACKENDS:
         tp = kernel.valid_tp(wanted, shape, len(numa_nodes()))
@@ -105,26 +108,38 @@ def build(
     """
     if plan.note:
         say_once(f"ktmoe: the routed experts run on the {plan.backend} backend ({plan.note}).")
-    if plan.threads > usable_cores():
+    if plan.threads and plan.threads > usable_cores():
         say_once(
             f"ktmoe: kt_num_threads: {plan.threads} threads on the {usable_cores()} cores that this process may use "
             "(physical cores, affinity mask, container quota): they will wait for each other. Leave it out."
         )
-    if plan.backend == "reference":
-        return ReferenceBackend(weights, shape)
-    if plan.backend == "torch":
-        return TorchBackend(weights, shape)
+    if not plan.is_kernel:
+        backend: Backend = {"reference": ReferenceBackend, "torch": TorchBackend}[plan.backend](weights, shape)
+        backend.threads = plan.threads
+        if plan.threads is None:
+            _say_if_serial()
+        return backend
     return kernel.KernelBackend(
         plan.backend,
         weights,
         shape,
         scaling=scaling,
-        threads=plan.threads,
+        threads=plan.threads or usable_cores(),
         tp=plan.tp,
         max_len=plan.max_len,
         share_backward=plan.share_backward,
         packed=packed,
     )
+
+
+def _say_if_serial() -> None:
+    """Launchers set OMP_NUM_THREADS to 1 for everybody, so that torch leaves the other cores idle without a word."""
+    given, used, usable = os.environ.get("OMP_NUM_THREADS"), get_num_threads(), usable_cores()
+    if given and used < usable:
+        say_once(
+            f"ktmoe: the routed experts run on {used} of {usable} cores: OMP_NUM_THREADS is {given} (accelerate "
+            f"launch and torchrun set it to 1). kt_num_threads: {usable} gives them all."
+        )
 
 
 def say_once(message: str) -> None:
