@@ -7,9 +7,10 @@ import sys
 from typing import Any
 from unittest import mock
 
-from ktmoe.llamafactory import checkpoints, keys, preflight, rules
+from ktmoe.llamafactory import checkpoints, data, keys, preflight, rules
 from ktmoe.llamafactory.export import export
 from ktmoe.llamafactory.logs import logger
+from ktmoe.llamafactory.rehearsal import rehearse
 from ktmoe.types import KTError
 
 
@@ -64,18 +65,20 @@ def get_train_args(original: Any) -> Any:
         kt = keys.uses_kt(args)
         with mock.patch.object(parser, "get_last_checkpoint", _last_complete) if kt else contextlib.nullcontext():
             parsed = original(args)
-        model_args, _, training_args, finetuning_args, _ = parsed
+        model_args, data_args, training_args, finetuning_args, _ = parsed
         if kt:
             checkpoints.check_resume(training_args.resume_from_checkpoint, training_args.output_dir)
             if training_args.resume_from_checkpoint is True:
                 training_args.resume_from_checkpoint = _last_complete(training_args.output_dir)
-            preflight.check_optimizer(training_args)
+            preflight.check_device(model_args, training_args)
+            data.check_data(data_args)
             preflight.check_loading(model_args, finetuning_args)
             # The Trainer would wrap the model in nn.DataParallel on a machine with several GPUs.
             training_args._n_gpu = min(training_args._n_gpu, 1)
             # Loaded to host memory; the Trainer then moves what is not experts. A device map would bring everything to
             # the GPU first, and one that names the CPU makes the Trainer leave the model there.
             model_args.device_map = None
+            rehearse(training_args, finetuning_args, data_args)
         return parsed
 
     return user_errors(get_train_args)

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from ktmoe.llamafactory import loading, parsing
+from ktmoe.llamafactory import data, loading, parsing
 from ktmoe.llamafactory.arguments import extend
 from ktmoe.llamafactory.audio import torchaudio_stand_in
 from ktmoe.types import KTError
@@ -26,7 +26,7 @@ def install() -> None:
     if _installed:
         return
     _import_llamafactory()
-    from llamafactory.data import loader as data
+    from llamafactory.data import loader as data_loader
     from llamafactory.data import parser as data_parser
     from llamafactory.data import template
     from llamafactory.hparams import ModelArguments, parser
@@ -43,8 +43,9 @@ def install() -> None:
         (parser, "get_train_args", parsing.get_train_args),
         (parser, "get_infer_args", parsing.get_infer_args),
         (template, "get_template_and_fix_tokenizer", parsing.user_errors),
-        (data_parser, "get_dataset_list", parsing.user_errors),
-        (data, "_load_single_dataset", parsing.user_errors),
+        (data_parser, "get_dataset_list", data.get_dataset_list),
+        (data_loader, "_load_single_dataset", parsing.user_errors),
+        (data_loader, "get_dataset", parsing.user_errors),
         (loader, "load_tokenizer", loading.load_tokenizer),
         (loader, "load_config", loading.load_config),
         (loader, "load_model", loading.load_model),

@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from ktmoe.llamafactory.arguments import kt_config
-from ktmoe.llamafactory.rules import shown
 from ktmoe.types import KTError
 
 
@@ -104,18 +103,21 @@ def _check_reference(model_args: Any, finetuning_args: Any) -> None:
         raise KTError(f"ref_model: {error}") from error
 
 
-def check_optimizer(training_args: Any) -> None:
-    """Refuses an optimizer whose package is not installed: transformers would say so after the model is loaded.
+def check_device(model_args: Any, training_args: Any) -> None:
+    """Refuses what needs a GPU where the rest of the model trains on the CPU.
 
     Raises:
-        KTError: with its message.
+        KTError: names the key.
     """
-    from transformers import Trainer
-
-    try:
-        Trainer.get_optimizer_cls_and_kwargs(training_args)
-    except (ImportError, ValueError) as error:
-        raise KTError(f"optim: got {shown(training_args.optim)}; {' '.join(str(error).split())}") from error
+    if (
+        model_args.use_unsloth_gc
+        and not model_args.disable_gradient_checkpointing
+        and training_args.device.type == "cpu"
+    ):
+        raise KTError(
+            "use_unsloth_gc: got true; it keeps activations on a GPU, and this run has none. Leave it out: plain "
+            "checkpointing saves the same memory on a CPU."
+        )
 
 
 def check_experts_loaded(peft_model: Any, path: str, hub: Mapping[str, Any]) -> None:

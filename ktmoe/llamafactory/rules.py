@@ -71,6 +71,8 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str, str]] = {
     "use_unsloth": (_off, "false", _OWN_MODEL),
     "mixture_of_depths": (_off, "none", _OWN_MODEL),
     "enable_liger_kernel": (_off, "false", "it replaces the experts' modules. Leave it out"),
+    "use_liger_kernel": (_off, "false", "it replaces the experts' modules. Leave it out"),
+    "cutoff_len": (_whole, "a whole number of at least 1", "tokens per example; 2048 is a good start"),
     "use_v1_kernels": (_off, "none", "they replace the experts' modules. Leave it out"),
     "use_hyper_parallel": (_off, "false", _NOT_BUILT),
     "use_mca": (_off, "false", _NOT_BUILT),

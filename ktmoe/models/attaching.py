@@ -21,6 +21,7 @@ from ktmoe.checkpoints.reader import Checkpoint
 from ktmoe.config import KTConfig
 from ktmoe.experts import MoEExperts
 from ktmoe.models.families import Layer, expert_modules, find, names_on_disk, put_back
+from ktmoe.processes import check_one_process
 from ktmoe.types import ExpertWeights, KTError, MoEShape
 
 
@@ -53,9 +54,11 @@ def attach(
         The model, or a PeftModel around it if `lora` was given.
 
     Raises:
-        KTError: no MoE layer, experts that are not plain, or sizes that the backend cannot take. It stays as it was.
+        KTError: no MoE layer, experts that are not plain, sizes that the backend cannot take, or a launcher that
+            started several processes. It stays as it was.
         KernelError: the kernel failed a check.
     """
+    check_one_process()
     config = config or KTConfig()
     rank = lora.r if lora is not None else r
     if lora is not None:

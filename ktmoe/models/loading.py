@@ -22,6 +22,7 @@ from ktmoe.config import KTConfig
 from ktmoe.models.attaching import attach, auto_class, check_model
 from ktmoe.models.families import expert_modules
 from ktmoe.models.native import native_class, native_config
+from ktmoe.processes import check_one_process
 from ktmoe.types import KTError
 
 
@@ -70,6 +71,7 @@ def load_model(
         KTError: shards that are missing, damaged, incomplete or of another model; or as `attach`.
         KernelError: the kernel failed a check.
     """
+    check_one_process()
     refused = sorted(name for name in _REFUSED if from_pretrained.get(name))
     if refused:
         raise KTError(f"load_model: got {', '.join(refused)}; experts are streamed from safetensors. Leave it out.")
