@@ -112,6 +112,8 @@ class MoEExperts(nn.Module):
                 packed = find_packed(decided, self.weights, self.config)  # before the gate, which takes seconds
                 self.plan = ensure_verified(decided, shape, self.config)
                 backend = build(self.plan, self.weights, shape, scaling, packed if self.plan.is_kernel else None)
+                if backend.shape != shape:  # an object that was there already, built for a larger rank
+                    self.plan = ensure_verified(self.plan, backend.shape, self.config)
                 if self.plan.is_kernel:
                     backend, self.plan = probe(backend, self.plan, self.weights, self.config)
             self._backend = backend

@@ -477,7 +477,7 @@ def test_loggers_that_are_not_installed(train, logger):
         ({"cutoff_len": 0}, "cutoff_len: got 0"),
         (
             {"template": "qwen4_nothing"},
-            "template: got 'qwen4_nothing'; expected one of LLaMA-Factory's, such as qwen",
+            "template: got 'qwen4_nothing'; expected one of LLaMA-Factory's, such as",
         ),
         ({"dataset": "tony"}, "There are: toy."),
         ({"dataset": "toy,tony"}, "There are: toy."),

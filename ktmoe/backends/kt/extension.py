@@ -121,6 +121,12 @@ class Host:
             return host
 
     @classmethod
+    def all_idle(cls) -> list[Any]:
+        """The idle objects of every pool of this process."""
+        hosts = [host for host in cls._hosts.values() if host.pid == os.getpid()]
+        return [made for host in hosts for idle in host.idle.values() for made in idle]
+
+    @classmethod
     def _forked(cls) -> None:
         cls.lock = threading.RLock()  # another thread of the parent may have held it
 
