@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
-    from ktmoe.adapters.model import get_peft_model, load_adapter
+    from ktmoe.adapters import get_peft_model, load_adapter
     from ktmoe.config import KTConfig
-    from ktmoe.convert.merge import merge_adapter
+    from ktmoe.convert import merge_adapter
     from ktmoe.experts import MoEExperts
-    from ktmoe.models.attaching import attach, detach
-    from ktmoe.models.loading import load_model
+    from ktmoe.models import attach, detach, load_model
     from ktmoe.types import ExpertWeights, KernelError, KTError
 
 __version__ = "0.1.0.dev0"
@@ -26,12 +25,12 @@ _HOME = {
     "KTError": "types",
     "KernelError": "types",
     "MoEExperts": "experts",
-    "attach": "models.attaching",
-    "detach": "models.attaching",
-    "get_peft_model": "adapters.model",
-    "load_adapter": "adapters.model",
-    "load_model": "models.loading",
-    "merge_adapter": "convert.merge",
+    "attach": "models",
+    "detach": "models",
+    "get_peft_model": "adapters",
+    "load_adapter": "adapters",
+    "load_model": "models",
+    "merge_adapter": "convert",
 }
 
 __all__ = [

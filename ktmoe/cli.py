@@ -105,8 +105,8 @@ def verify(
 ) -> None:
     """Check the kernel on this machine: accuracy against the specification, traps, memory over time, throughput.
 
-    Weights are drawn, not read: those of a model are checked whenever they are loaded. Of MODEL, only config.json is
-    needed.
+    Weights are drawn; where MODEL is a folder with safetensors, every expert is checked on its own weights too, and
+    how far INT8 is from bf16 on them is shown. Otherwise only config.json is needed.
     """
     from ktmoe.verify import report, results
 
@@ -122,13 +122,13 @@ def verify(
 def merge(
     model: Annotated[str, typer.Argument(help="The base model: a folder with safetensors, or a hub name.")],
     adapter: Annotated[str, typer.Argument(help="The LoRA adapter: a folder, or a hub name.")],
-    out: Annotated[Path, typer.Argument(help="Where the merged model goes: a folder that is not there yet.")],
+    out: Annotated[Path, typer.Argument(help="Where the merged model goes: a folder, new or without a model in it.")],
 ) -> None:
     """Merge an adapter into its base model: a plain checkpoint that transformers and serving engines load.
 
     Written shard by shard, with one tensor in memory at a time. OUT appears when it is complete, or not at all.
     """
-    from ktmoe.convert.merge import merge_adapter
+    from ktmoe.convert import merge_adapter
 
     run(lambda: typer.echo(str(merge_adapter(model, adapter, out))))
 
@@ -147,10 +147,10 @@ def quantize(
 
     Run it again after it was stopped, or to mend damaged files: layers that are whole are not made again.
     """
-    from ktmoe.convert.quantize import quantize as pack
+    from ktmoe.convert import quantize_model
 
     def command() -> None:
-        layers = pack(model, out, tp, threads)
+        layers = quantize_model(model, out, tp, threads)
         size = sum(layer.size for layer in layers)
         typer.echo(f"ktmoe: {len(layers)} layers, {size / 1e9:.3g} GB. To train with them:")
         typer.echo(f"kt_backend: AMXInt8\nkt_weight_path: {out}")

@@ -9,11 +9,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from ktmoe.checkpoints.packed import PackedModel
+from ktmoe.backends import TABLE
+from ktmoe.backends.kt import PackedModel
 from ktmoe.types import KTError
 
 
-BACKENDS = ("AMXBF16", "AMXInt8", "torch", "reference", "auto")
 SHARE_BACKWARD = ("auto", "on", "off")
 FALLBACK = ("error", "torch")
 VERIFY = ("quick", "full", "off")
@@ -45,10 +45,15 @@ class KTConfig:
 
     Raises:
         KTError: a value that is unknown, of the wrong type, out of range, or of a feature that is not built yet.
+
+    Examples:
+        >>> config = ktmoe.KTConfig(kt_backend="amxint8", kt_num_threads=16)
+        >>> config.kt_backend  # upper or lower case
+        'AMXInt8'
     """
 
     kt_backend: str = _key(
-        "auto", "What computes the routed experts: AMXBF16, AMXInt8 (kt_kernel), torch, reference, or auto."
+        "auto", "What computes the routed experts: AMXBF16 and AMXInt8 (the kernel), torch, reference, or auto."
     )
     kt_num_threads: int | None = _key(
         None,
@@ -79,7 +84,7 @@ class KTConfig:
     def __post_init__(self) -> None:
         """Checks and normalises every field: LLaMA-Factory's parser does not (it lets any YAML value through)."""
         for name, choices in (
-            ("kt_backend", BACKENDS),
+            ("kt_backend", (*TABLE, "auto")),
             ("kt_share_backward", SHARE_BACKWARD),
             ("kt_verify", VERIFY),
             ("kt_fallback", FALLBACK),
@@ -103,10 +108,12 @@ class KTConfig:
         if not isinstance(self.kt_weight_path, (str, os.PathLike)):
             raise KTError(f"kt_weight_path: got {self.kt_weight_path!r}; expected the folder of packed weights.")
         object.__setattr__(self, "kt_weight_path", os.fspath(self.kt_weight_path))
-        if self.kt_backend != "AMXInt8":
+        takers = [name for name, row in TABLE.items() if row.takes_packed]
+        if self.kt_backend not in takers:
             raise KTError(
                 f"kt_weight_path: got {self.kt_weight_path!r} with kt_backend: {self.kt_backend}; packed weights are "
-                "INT8, which only AMXInt8 computes with. Write kt_backend: AMXInt8, or leave kt_weight_path out."
+                f"INT8, which only AMXInt8 computes with. Write kt_backend: {' or '.join(takers)}, or leave "
+                "kt_weight_path out."
             )
         PackedModel(self.kt_weight_path)
 

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from ktmoe.autograd import run_experts
-from ktmoe.backends import Plan, build, find_packed, plan, say_once
+from ktmoe.backends import Plan, build, is_kernel
 from ktmoe.config import KTConfig
-from ktmoe.gate.gate import ensure_verified, probe
+from ktmoe.gate import ensure_verified, probe
 from ktmoe.interface import Backend
+from ktmoe.notices import say_once
+from ktmoe.planning import find_packed, plan
 from ktmoe.types import PROJECTIONS, ExpertWeights, KTError, Lora, MoEShape
 from ktmoe.validation import check_call, check_lora, own_settings
 
@@ -25,6 +27,18 @@ class MoEExperts(nn.Module):
 
     With `r` it owns LoRA parameters and is ready to train by itself. Without, it computes the frozen experts, and
     `ktmoe.adapters` wraps it with peft's adapters.
+
+    Examples:
+        >>> gate, up = torch.randn(2, 4, 64, 32, dtype=torch.bfloat16)
+        >>> down = torch.randn(4, 32, 64, dtype=torch.bfloat16)
+        >>> config = ktmoe.KTConfig(kt_backend="torch")
+        >>> experts = ktmoe.MoEExperts(ktmoe.ExpertWeights(gate, up, down), top_k=2, r=8, lora_alpha=16, config=config)
+        >>> hidden_states = torch.randn(10, 32, requires_grad=True)
+        >>> top_k_weights, top_k_index = torch.rand(10, 4).softmax(-1).topk(2)
+        >>> out = experts(hidden_states, top_k_index, top_k_weights)
+        >>> out.sum().backward()
+        >>> out.shape, experts.lora["down_proj.lora_B"].grad.shape
+        (torch.Size([10, 32]), torch.Size([4, 32, 8]))
     """
 
     def __init__(
@@ -103,7 +117,7 @@ class MoEExperts(nn.Module):
             KernelError: the kernel failed a check, and `kt_fallback` is `error`.
         """
         outgrown = self._backend is not None and self._backend.shape.rank < rank
-        if self._backend is None or (outgrown and not self.plan.is_kernel):  # the others have nothing built for a rank
+        if self._backend is None or (outgrown and not is_kernel(self.plan)):  # others build nothing for a rank
             shape = self.shape(rank)
             if any(getattr(self.weights, p)[0].is_meta for p in PROJECTIONS):
                 raise KTError("weights: on the meta device, so there are none. Give ExpertWeights tensors with data.")
@@ -111,10 +125,10 @@ class MoEExperts(nn.Module):
                 decided = plan(self.config, shape)
                 packed = find_packed(decided, self.weights, self.config)  # before the gate, which takes seconds
                 self.plan = ensure_verified(decided, shape, self.config)
-                backend = build(self.plan, self.weights, shape, scaling, packed if self.plan.is_kernel else None)
+                backend = build(self.plan, self.weights, shape, scaling, packed if is_kernel(self.plan) else None)
                 if backend.shape != shape:  # an object that was there already, built for a larger rank
                     self.plan = ensure_verified(self.plan, backend.shape, self.config)
-                if self.plan.is_kernel:
+                if is_kernel(self.plan):
                     backend, self.plan = probe(backend, self.plan, self.weights, self.config)
             self._backend = backend
         elif outgrown:

@@ -17,11 +17,28 @@ Stack = Union[Tensor, Sequence[Tensor]]  # noqa: UP007  (evaluated at import on 
 
 
 class KTError(ValueError):
-    """Something that the user can mend. The message names the argument, what it got, what was expected, the remedy."""
+    """Something that the user can mend. The message names the argument, what it got, what was expected, the remedy.
+
+    Examples:
+        >>> try:
+        ...     ktmoe.KTConfig(kt_backend="AMXBF8")
+        ... except ktmoe.KTError as error:
+        ...     print(error)
+        kt_backend: got 'AMXBF8'; expected one of AMXBF16, torch, AMXInt8, reference, auto (upper or lower case). \
+Did you mean AMXBF16?
+    """
 
 
 class KernelError(RuntimeError):
-    """The kernel gave a wrong number or did not survive a check. Nothing that it computed was used."""
+    """The kernel gave a wrong number or did not survive a check. Nothing that it computed was used.
+
+    Examples:
+        >>> config = ktmoe.KTConfig(kt_backend="auto")
+        >>> try:
+        ...     model = ktmoe.load_model(model_path, config, r=8)
+        ... except ktmoe.KernelError:  # the torch backend computes on any CPU
+        ...     model = ktmoe.load_model(model_path, ktmoe.KTConfig(kt_backend="torch"), r=8)
+    """
 
 
 @dataclass(frozen=True)
@@ -62,6 +79,15 @@ class ExpertWeights:
         gate_proj: [E, I, H].
         up_proj: [E, I, H].
         down_proj: [E, H, I].
+
+    Examples:
+        >>> gate, up = torch.randn(2, 4, 64, 32, dtype=torch.bfloat16)
+        >>> down = torch.randn(4, 32, 64, dtype=torch.bfloat16)
+        >>> weights = ktmoe.ExpertWeights(gate, up, down)
+        >>> weights.num_experts, weights.hidden_size, weights.intermediate_size
+        (4, 32, 64)
+        >>> ktmoe.ExpertWeights(list(gate), list(up), list(down)).nbytes()  # nothing is copied
+        49152
     """
 
     gate_proj: Stack

@@ -7,14 +7,13 @@ import itertools
 import torch
 
 from ktmoe import autograd, experts, validation
-from ktmoe.backends.kt import extension, kernel, objects
+from ktmoe.backends.kt import extension, kernel, objects, packed
 from ktmoe.backends.kt.extension import Host
 from ktmoe.backends.kt.kernel import KernelBackend
-from ktmoe.checkpoints import packed
 from ktmoe.config import KTConfig
 from ktmoe.gate import contract
 from ktmoe.types import Inputs
-from ktmoe.verify import probes
+from ktmoe.verify.probes import layers
 
 
 def wrap(owner, name):
@@ -122,7 +121,7 @@ def most_parts():
 
 
 def fitting_parts():
-    kernel.valid_tp = probes.valid_tp = lambda kind, shape, wanted: wanted
+    kernel.valid_tp = layers.valid_tp = lambda kind, shape, wanted: wanted
 
 
 def configuration():

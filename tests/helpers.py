@@ -11,10 +11,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from ktmoe.backends import build, plan
+from ktmoe.backends import TABLE, build
 from ktmoe.config import KTConfig
 from ktmoe.experts import MoEExperts
 from ktmoe.gate import contract
+from ktmoe.planning import plan
 from ktmoe.types import ExpertWeights, MoEShape
 
 
@@ -26,6 +27,8 @@ KERNEL_BACKENDS = [pytest.param(b, marks=[pytest.mark.kernel]) for b in KERNELS]
 # Starts children that have imported everything and started nothing: a Python of its own takes seconds for that.
 FORKSERVER = multiprocessing.get_context("forkserver")
 FORKSERVER.set_forkserver_preload(["guards", "helpers"])
+# How close single elements are: a few tokens per expert are too few for a mean.
+SLACK = {"reference": 1e-5, "torch": 0.02, "AMXBF16": 0.02, "AMXInt8": 0.08}
 SMALL = MoEShape(num_experts=4, hidden_size=64, intermediate_size=64, top_k=2, rank=4)
 
 
@@ -45,8 +48,8 @@ def relative(got, expected):
 
 
 def limits(name):
-    """This project's own tight limits."""
-    return contract.EXPECTED[name]
+    """This project's own tight limits, from the exact formula: for INT8 those of the format on drawn weights."""
+    return contract.DRAWN_INT8 if name == "AMXInt8" else TABLE[name].expected
 
 
 def weights(shape=SMALL, seed=0):

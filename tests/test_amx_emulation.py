@@ -74,7 +74,7 @@ CONTRACT = """
 
     from helpers import SMALL, limits, loaded
 
-    from ktmoe import contract
+    from ktmoe.gate import contract
     from ktmoe.types import MoEShape
 
     name = sys.argv[1]

@@ -9,6 +9,7 @@ from ktmoe import backends
 from ktmoe import cores as module
 from ktmoe.config import KTConfig
 from ktmoe.cores import cores, numa_nodes, quota, shares, usable_cores
+from ktmoe.planning import plan
 
 
 def tree(root, files):
@@ -115,7 +116,7 @@ def test_kernel_threads_stay_in_the_mask(name, threads):
         pytest.skip("one core: nothing is outside of the mask")
     done = run_python(f"""
         import os, helpers
-        from ktmoe.backends.kt.kernel import KernelBackend
+        from ktmoe.backends.kt import KernelBackend
         os.sched_setaffinity(0, {{{allowed[-1]}}})
         case = helpers.contract.draw_case(helpers.SMALL, 8, 0)
         backend = KernelBackend({name!r}, case.weights, helpers.SMALL, threads={threads}, max_len=32)
@@ -151,8 +152,8 @@ def test_two_kernel_threads_have_two_cores(kernel):
 @pytest.mark.parametrize(("threads", "said"), [(3, 1), (2, 0), (None, 0)])
 def test_more_threads_than_cores_are_said_once(monkeypatch, recwarn, threads, said):
     monkeypatch.setattr(backends, "usable_cores", lambda: 2)
-    monkeypatch.setattr(backends, "_said", set())
+    monkeypatch.setattr("ktmoe.notices._said", set())
     config = KTConfig(kt_backend="torch", kt_num_threads=threads)
     for _ in range(2):
-        backends.build(backends.plan(config, SMALL), weights(), SMALL, 1.0)
+        backends.build(plan(config, SMALL), weights(), SMALL, 1.0)
     assert sum("they will wait for each other" in str(w.message) for w in recwarn) == said

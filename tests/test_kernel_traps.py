@@ -8,10 +8,10 @@ import torch
 from helpers import KERNEL_BACKENDS, SMALL, call, limits, loaded, module, run_python, weights
 
 from ktmoe import KTConfig, KTError, MoEExperts
-from ktmoe.backends import plan
 from ktmoe.backends.kt import kernel as kernel_module
 from ktmoe.backends.kt.kernel import KernelBackend, valid_tp
 from ktmoe.gate import contract
+from ktmoe.planning import plan
 from ktmoe.types import MoEShape
 
 
@@ -319,7 +319,7 @@ def test_first_calls_from_several_threads(name):
         import sys, threading
         from helpers import call, weights
         from ktmoe import KTConfig, MoEExperts
-        from ktmoe.backends.extension import Host
+        from ktmoe.backends.kt.extension import Host
         sys.setswitchinterval(1e-6)
         config = KTConfig(kt_backend={name!r}, kt_num_threads=1, kt_max_len=64, kt_verify="off")
         layers = [MoEExperts(weights(seed=s), top_k=2, config=config) for s in range(4)]

@@ -423,7 +423,7 @@ def test_chat_and_export(train, model):
     merge = dict(command="export", export_dir=str(model.parent / "merged"), adapter_name_or_path=str(one))
     for key, value in (
         ("export_size", 2), ("export_hub_model_id", "me/it"), ("resize_vocab", True),
-        ("infer_dtype", "float16"), ("model_revision", "v2"), ("export_legacy_format", True),
+        ("infer_dtype", "float16"), ("export_legacy_format", True),
     ):  # fmt: skip
         assert refused(train, **merge | {key: value}).startswith(f"{key}: got {value!r}; with use_kt, ")
     assert "export_dir: not given" in refused(train, **merge | {"export_dir": None})

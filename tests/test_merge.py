@@ -20,9 +20,11 @@ from typer.testing import CliRunner
 import ktmoe
 from ktmoe import KernelError, KTConfig, KTError, cli
 from ktmoe.adapters.layer import LoraExperts
-from ktmoe.convert import merge
+from ktmoe.checkpoints.names import ExpertKey
+from ktmoe.convert import changes, writing
 from ktmoe.gate import gate
 from ktmoe.models.attaching import attach, detach, moe_layers
+from ktmoe.types import Lora
 
 
 BOTH = dict(target_modules=["q_proj", "experts"])
@@ -250,10 +252,10 @@ def test_stacked_experts_that_are_turned_on_disk():
     tensors = {}
     for p, (i, o) in (("gate_proj", (6, 4)), ("up_proj", (6, 4)), ("down_proj", (4, 6))):
         tensors |= {f"{p}.lora_A": torch.randn(3, 2, i, generator=g), f"{p}.lora_B": torch.randn(3, o, 2, generator=g)}
-    both = merge.Lora(tensors, 0.5)
-    place = merge.ExpertKey("x", "gate_up_proj", None, transposed=None)
+    both = Lora(tensors, 0.5)
+    place = ExpertKey("x", "gate_up_proj", None, transposed=None)
     for shape, turned in (((3, 6, 8), True), ((3, 8, 6), False)):
-        change, kind, count = merge._expert_change(shape, place, both)
+        change, kind, count = changes._expert_change(shape, place, both)
         assert (kind, count) == ("experts", 6)
         whole = change(torch.zeros(shape[1:]), 2)
         expected = torch.cat([both.delta("gate_proj", 2), both.delta("up_proj", 2)])
@@ -309,7 +311,7 @@ def test_one_tensor_in_memory_at_a_time(trained, tmp_path, monkeypatch):
     """Merged pieces are made when they are written, and let go before the next one is made."""
     folder, _ = trained()
     alive: list[weakref.ref] = []
-    make = merge._Source.output
+    make = changes.Source.output
 
     def output(self, key, change, kind, count):
         def watched(matrix, e):
@@ -320,13 +322,13 @@ def test_one_tensor_in_memory_at_a_time(trained, tmp_path, monkeypatch):
 
         return make(self, key, watched if change else None, kind, count)
 
-    monkeypatch.setattr(merge._Source, "output", output)
+    monkeypatch.setattr(changes.Source, "output", output)
     assert ktmoe.merge_adapter(folder / "base", folder / "adapter", tmp_path / "out").counts["experts"] == 36
     assert alive
 
 
 REFUSED = [
-    (lambda f: (f / "out").mkdir() or (f / "out" / "x").touch(), "out is there already and not empty"),
+    (lambda f: (f / "out").mkdir() or (f / "out" / "model.safetensors").touch(), "out is there already and not empty"),
     (lambda f: (f / "out").touch(), "out is there already"),
     (lambda f: (f / "out.part").mkdir(), r"out\.part is there, perhaps of a merge that was killed"),
     (lambda f: (f / "base" / "config.json").unlink(), r"no config\.json"),
@@ -409,7 +411,7 @@ def test_a_full_disk(trained, tmp_path, monkeypatch):
     def full(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(merge, "_write", full)
+    monkeypatch.setattr(writing, "_write", full)
     with pytest.raises(KTError, match=r"No space left on device.*Nothing was left behind"):
         ktmoe.merge_adapter(folder / "base", folder / "adapter", tmp_path / "out")
     assert list(tmp_path.iterdir()) == []

@@ -98,7 +98,7 @@ def test_which_targets_reach_the_experts(targets, reached, recwarn):
 
 @pytest.mark.parametrize("inject", [peft.get_peft_model, get_peft_model])
 def test_experts_that_stock_peft_left_out_are_said_once(inject, monkeypatch, recwarn):
-    monkeypatch.setattr("ktmoe.backends._said", set())
+    monkeypatch.setattr("ktmoe.notices._said", set())
     warnings.simplefilter("always")
     trained = inject(attach(model(), REFERENCE), lora("q_proj", "gate_proj", "up_proj", "down_proj"))
 

@@ -7,6 +7,7 @@ import torch
 from helpers import KERNEL_BACKENDS
 from mutants import GRADIENTS, INPUTS, OUTPUT, WEIGHTS, Mutant, mutants
 
+from ktmoe.backends import TABLE
 from ktmoe.backends.kt.kernel import KernelBackend
 from ktmoe.backends.torch import TorchBackend
 from ktmoe.gate import contract
@@ -34,7 +35,7 @@ def rejected(name, backend, case):
     """The gate's own decision (`ktmoe.gate.gate.run_contract`)."""
     kind = "AMXBF16" if name == "torch" else name
     backend.name = kind
-    return contract.judge(backend, case, contract.HARD[kind])
+    return contract.judge(backend, case, TABLE[kind].required)
 
 
 every_kind = pytest.mark.parametrize("name", ["torch", *KERNEL_BACKENDS])

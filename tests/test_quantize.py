@@ -24,15 +24,16 @@ from typer.testing import CliRunner
 
 import ktmoe
 from ktmoe import KTConfig, KTError, MoEExperts
-from ktmoe.backends import build, find_packed, plan
+from ktmoe.backends import build
 from ktmoe.backends.kt import kernel as kernel_module
 from ktmoe.backends.kt.extension import Host
 from ktmoe.backends.kt.kernel import KernelBackend
-from ktmoe.checkpoints.packed import PackedModel
+from ktmoe.backends.kt.packed import PackedModel
 from ktmoe.cli import app
-from ktmoe.convert.quantize import pack, quantize
+from ktmoe.convert.quantize import pack, quantize_model
 from ktmoe.gate import contract
 from ktmoe.models.attaching import attach, moe_layers
+from ktmoe.planning import find_packed, plan
 from ktmoe.types import MoEShape
 
 
@@ -253,9 +254,9 @@ def test_packed_for_other_parts(tmp_path, monkeypatch):
     pack(layers(WIDE, 2), tmp_path, "drawn", tp=2, threads=2)
     with pytest.raises(KTError, match=r"packed for 2 parts .* make 1.*ktmoe quantize MODEL OUT\."):
         load(tmp_path, shape=WIDE)
-    monkeypatch.setattr("ktmoe.backends.numa_nodes", lambda: [0, 1])
+    monkeypatch.setattr("ktmoe.backends.kt.rows.numa_nodes", lambda: [0, 1])
     load(tmp_path, shape=WIDE, kt_tp_enabled=True).close()
-    monkeypatch.setattr("ktmoe.backends.numa_nodes", lambda: [0, 1, 2, 3])
+    monkeypatch.setattr("ktmoe.backends.kt.rows.numa_nodes", lambda: [0, 1, 2, 3])
     with pytest.raises(KTError, match=r"packed for 2 parts .* make 4.*--tp 4"):
         load(tmp_path, shape=WIDE, kt_tp_enabled=True)
 
@@ -274,13 +275,13 @@ def test_the_load_probe_still_finds_a_swapped_expert(packed, tmp_path):
 
 
 def test_without_a_kernel(packed, monkeypatch):
-    monkeypatch.setattr("ktmoe.backends.kt.kernel.available", lambda: False)
+    monkeypatch.setattr("ktmoe.backends.kt.extension.available", lambda: False)
     decided = plan(int8(packed), SMALL)
     assert decided.backend == "torch"
     assert "kt_weight_path is of no use" in decided.note
     assert find_packed(decided, weights(), int8(packed)) is None
     assert build(decided, weights(), SMALL, 1.0).name == "torch"
-    with pytest.raises(KTError, match="ktmoe quantize: the kernel itself packs, and there is none"):
+    with pytest.raises(KTError, match="ktmoe quantize: the kernel itself packs"):
         pack(layers(), packed, "drawn")
 
 
@@ -296,7 +297,7 @@ def test_a_killed_run_is_resumed(packed, tmp_path):
     killed = f"""
         import os, signal
         from pathlib import Path
-        from ktmoe import quantize
+        from ktmoe.convert import quantize
         from helpers import weights
         real = quantize._hashes
         def hashes(layer):  # the third layer's files are written, but not yet in their place
@@ -380,7 +381,7 @@ def checkpoint(tmp_path_factory):
     """A tiny bf16 Qwen3-MoE and its packed experts."""
     path = tmp_path_factory.mktemp("model")
     model(dtype=torch.bfloat16).save_pretrained(path / "model", max_shard_size="100KB")
-    quantize(path / "model", path / "packed", threads=2)
+    quantize_model(path / "model", path / "packed", threads=2)
     return path
 
 
@@ -425,7 +426,7 @@ def test_fp8_checkpoints_and_layers_that_do_not_start_at_zero(tmp_path):
     sizes = dict(moe_intermediate_size=64, intermediate_size=96, q_lora_rank=None)  # whole blocks of scales
     model("DeepSeek-V3", torch.bfloat16, **sizes).save_pretrained(tmp_path / "model", max_shard_size="100KB")
     as_fp8(tmp_path / "model")
-    quantize(tmp_path / "model", tmp_path / "packed", threads=2)
+    quantize_model(tmp_path / "model", tmp_path / "packed", threads=2)
     assert sorted(f.name for f in (tmp_path / "packed").glob("_layer_*")) == ["_layer_1", "_layer_2"]
     a, b = (ktmoe.load_model(tmp_path / "model", int8(path), r=4) for path in (tmp_path / "packed", None))
     assert torch.equal(logits(a), logits(b))
@@ -440,8 +441,8 @@ def test_the_amx_binary_packs_the_same_bytes(packed, tmp_path):
     program = f"""
         from pathlib import Path
         from helpers import weights
-        from ktmoe.backends import kernel
-        from ktmoe.quantize import pack
+        from ktmoe.backends.kt import kernel
+        from ktmoe.convert.quantize import pack
         layers = {{{KEY!r}.format(n): weights(seed=n) for n in range(3)}}
         pack(layers, Path({str(tmp_path / "amx")!r}), "drawn", threads=2)
         print(kernel.variant())
@@ -458,7 +459,7 @@ def test_llamafactory_trains_with_it(tmp_path):
     """Stock LLaMA-Factory, with the losses of weights quantised while loading."""
     llamafactory = pytest.importorskip("test_llamafactory")
     workspace = llamafactory.Workspace(tmp_path)
-    quantize(workspace.model, tmp_path / "packed", threads=2)
+    quantize_model(workspace.model, tmp_path / "packed", threads=2)
     keys = dict(kt_backend="AMXInt8", kt_num_threads=1, kt_max_len=256)
     found, _ = workspace.train("from_disk", kt_weight_path=str(tmp_path / "packed"), **keys)
     assert len(found) == llamafactory.STEPS

@@ -14,6 +14,7 @@ from ktmoe.backends.reference import ReferenceBackend
 from ktmoe.backends.torch import TorchBackend
 from ktmoe.config import KTConfig
 from ktmoe.experts import MoEExperts
+from ktmoe.planning import plan
 
 
 CLASSES = {"torch": TorchBackend, "reference": ReferenceBackend}
@@ -53,13 +54,13 @@ def test_kt_num_threads_holds_for_torchs_own_work(monkeypatch, name, threads):
 )
 def test_fewer_threads_than_cores_are_said_once(monkeypatch, recwarn, omp, threads, said):
     monkeypatch.setattr(backends, "usable_cores", lambda: 8)
-    monkeypatch.setattr(backends, "_said", set())
+    monkeypatch.setattr("ktmoe.notices._said", set())
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     if omp:
         monkeypatch.setenv("OMP_NUM_THREADS", omp)
     config = KTConfig(kt_backend="torch", kt_num_threads=threads)
     for _ in range(2):
-        backends.build(backends.plan(config, SMALL), weights(), SMALL, 1.0)
+        backends.build(plan(config, SMALL), weights(), SMALL, 1.0)
     lines = [str(w.message) for w in recwarn if "OMP_NUM_THREADS" in str(w.message)]
     assert len(lines) == said
     assert all(f"1 of 8 cores: OMP_NUM_THREADS is {omp}" in s and "kt_num_threads: 8 gives" in s for s in lines)

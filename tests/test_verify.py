@@ -5,16 +5,19 @@ import json
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
+import torch
 from test_devices import CONFIG
+from transformers import AutoModelForCausalLM
 
 from ktmoe import KTError, cli
-from ktmoe.backends import KERNEL_BACKENDS
-from ktmoe.backends.kt import kernel
+from ktmoe.backends import KERNEL_BACKENDS, TABLE, Limits, kt
+from ktmoe.backends.kt import extension, kernel
 from ktmoe.types import MoEShape
-from ktmoe.verify import accuracy, environment, plots, report, results, throughput, traps
+from ktmoe.verify import accuracy, environment, plots, report, results, throughput, traps, weights
 
 
 @pytest.fixture
@@ -31,10 +34,65 @@ def test_the_shapes_of_a_model(model, tmp_path):
         accuracy.main(["--model", str(tmp_path / "nowhere")])
 
 
+@pytest.fixture
+def with_weights(tmp_path):
+    """A checkpoint of the same model whose second layer has outliers, as real ones have."""
+    torch.manual_seed(0)
+    made = AutoModelForCausalLM.from_config(CONFIG).to(torch.bfloat16)
+    for experts in (m for n, m in made.named_modules() if n.endswith("1.mlp.experts")):
+        experts.down_proj.data[2, :, 5] *= 3000
+        experts.gate_up_proj.data[2, 5] *= 30
+    made.save_pretrained(tmp_path / "with-weights")
+    return str(tmp_path / "with-weights")
+
+
+def _set(monkeypatch, **changes):
+    monkeypatch.setitem(TABLE, "AMXInt8", replace(TABLE["AMXInt8"], **changes))
+
+
+@pytest.mark.kernel
+def test_a_models_own_weights_are_measured(with_weights, tmp_path, monkeypatch, capsys):
+    assert weights.main(["--model", with_weights, "--output", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    result = json.loads((tmp_path / "weights.json").read_text())
+    layers = result["data"]["layers"]
+    assert [one["backend"] for one in layers] == [b for b in KERNEL_BACKENDS for _ in range(len(layers) // 2)]
+    assert all(len(row) == 4 for one in layers for row in one["own"] + one["exact"])
+    for one in layers:
+        limit = TABLE[one["backend"]].expected
+        assert max(one["own"][0]) <= limit.forward
+        assert max(one["own"][1]) <= limit.backward
+    assert "format from bf16" in said
+    _set(monkeypatch, aimed_at=Limits(0.001, 0.001, 1))
+    assert weights.main(["--model", with_weights]) == 0  # no verdict
+    assert "further from bf16 than was aimed at" in capsys.readouterr().out
+    _set(monkeypatch, expected=Limits(1e-9, 1e-9, 1))
+    assert weights.main(["--model", with_weights]) == 1
+
+
+def test_weights_are_measured_where_they_are(with_weights, model, tmp_path, monkeypatch):
+    assert results.has_weights(with_weights)
+    assert not results.has_weights(model)
+    ran = []
+    monkeypatch.setattr(
+        report,
+        "_run",
+        lambda name, *args: ran.append(name) or dict(section=name, verdict="pass", summary="", problems=[], data={}),
+    )
+    for given, expected in (
+        (with_weights, list(report.SECTIONS)),
+        (model, [s for s in report.SECTIONS if s != "weights"]),
+    ):
+        ran.clear()
+        report.verify(tmp_path / "out", given, 4, 0, 1.0, False, results.console())
+        assert ran == expected
+
+
 @pytest.mark.parametrize("allowed", [False, True])
 def test_without_a_kernel_nothing_looks_verified(model, tmp_path, monkeypatch, capsys, allowed):
-    monkeypatch.setattr(kernel, "available", lambda: False)
-    monkeypatch.setattr(kernel, "variant", lambda: "no such CPU")
+    monkeypatch.setattr(extension, "available", lambda: False)
+    monkeypatch.setattr(kt, "available", lambda: False)
+    monkeypatch.setattr(kt, "variant", lambda: "no such CPU")
     options = ["--output", str(tmp_path), *(["--allow-unverified"] if allowed else [])]
     for section, more in ((accuracy, ["--model", model]), (traps, []), (throughput, ["--model", model])):
         assert section.main([*options, *more]) == (0 if allowed else 1)
@@ -52,7 +110,7 @@ def test_a_kernel_that_cannot_take_the_shape_is_not_called_verified(model, capsy
 
 
 def test_an_error_beyond_its_limit_fails_the_section(model, tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(accuracy.contract.EXPECTED, "torch", accuracy.contract.Limits(1e-9, 1e-9, 1e-9))
+    monkeypatch.setitem(TABLE, "torch", replace(TABLE["torch"], expected=Limits(1e-9, 1e-9, 1e-9)))
     assert accuracy.main(["--model", model, "--output", str(tmp_path), "--allow-unverified"]) == 1
     assert "accuracy FAILED" in capsys.readouterr().out
     assert json.loads((tmp_path / "accuracy.json").read_text())["problems"]

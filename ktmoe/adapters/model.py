@@ -57,6 +57,12 @@ def get_peft_model(
 
     Raises:
         KTError: a LoRA variant that the experts do not have.
+
+    Examples:
+        >>> model = ktmoe.load_model(model_path, ktmoe.KTConfig(kt_backend="torch"), r=8)
+        >>> model = ktmoe.get_peft_model(model, peft.LoraConfig(r=8, target_modules="all-linear"))
+        >>> model.active_adapters
+        ['default']
     """
     _refuse_options(kwargs)
     return _inject(model, prepare_config(peft_config, model), adapter_name, **kwargs)
@@ -86,6 +92,12 @@ def load_adapter(
 
     Raises:
         KTError: files whose keys are incomplete, of a wrong shape, or not for this model, which stays as it was.
+
+    Examples:
+        >>> model = ktmoe.load_model(model_path, ktmoe.KTConfig(kt_backend="torch"), r=8)
+        >>> model = ktmoe.load_adapter(model, adapter_path)
+        >>> model(torch.tensor([[1, 2, 3]])).logits.shape
+        torch.Size([1, 3, 64])
     """
     adapter = _read(model, path, hub)
     peft_model = _inject(model, _config_of(adapter, model, is_trainable), adapter_name)

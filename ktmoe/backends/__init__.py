@@ -1,94 +1,31 @@
-"""The implementations behind the interface, and which of them runs on this host."""
+"""The table of backends: the implementations behind the interface, in the order in which `auto` tries them."""
 
 from __future__ import annotations
 
 import os
-import warnings
-from dataclasses import dataclass
 
 from torch import get_num_threads  # `torch` is a module of this package
 
-from ktmoe.backends.kt import kernel
-from ktmoe.backends.reference import ReferenceBackend
+from ktmoe.backends import kt, reference, torch
+from ktmoe.backends.kt import PackedLayer
+from ktmoe.backends.row import Limits, Plan, Row
 from ktmoe.backends.torch import TorchBackend
-from ktmoe.checkpoints.packed import PackedLayer, PackedModel
-from ktmoe.config import KTConfig
-from ktmoe.cores import numa_nodes, usable_cores
+from ktmoe.cores import usable_cores
 from ktmoe.interface import Backend
-from ktmoe.types import ExpertWeights, KTError, MoEShape
-from ktmoe.validation import check_shape
+from ktmoe.notices import say_once
+from ktmoe.types import ExpertWeights, MoEShape
 
 
-KERNEL_BACKENDS = ("AMXBF16", "AMXInt8")
-_said: set[str] = set()
+__all__ = ["KERNEL_BACKENDS", "TABLE", "Limits", "Plan", "Row", "TorchBackend", "build", "is_kernel", "kt"]
+
+# What quantises weights stands behind what does not: `auto` never does it unasked.
+TABLE: dict[str, Row] = {row.name: row for row in (kt.BF16, torch.ROW, kt.INT8, reference.ROW)}
+KERNEL_BACKENDS = tuple(name for name, row in TABLE.items() if row.is_kernel)
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What will run, decided from the configuration, the CPU and the shape; nothing is loaded yet.
-
-    Attributes:
-        backend: AMXBF16, AMXInt8, torch or reference.
-        threads: CPU threads of the kernel, or of torch while it computes experts (None: as many as it has).
-        tp: parts of the intermediate dimension.
-        max_len: tokens per kernel call.
-        share_backward: whether the layers share one repacked backward buffer.
-        note: why it is not what the configuration names, or "".
-    """
-
-    backend: str
-    threads: int | None
-    tp: int
-    max_len: int
-    share_backward: bool
-    note: str = ""
-
-    @property
-    def is_kernel(self) -> bool:
-        """Whether kt_kernel computes, and the gate must be passed."""
-        return self.backend in KERNEL_BACKENDS
-
-
-def plan(config: KTConfig, shape: MoEShape) -> Plan:
-    """Decides what runs.
-
-    Without SFT classes for this CPU the torch backend takes over; `auto` also leaves the kernel for shapes that it
-    cannot take.
-
-    Raises:
-        KTError: a shape or rank that the named backend cannot take, or packed weights of another shape or making.
-    """
-    check_shape(shape)
-    wanted, note = config.kt_backend, ""
-    if wanted == "auto":
-        wanted = "AMXBF16"
-        try:
-            kernel.check_shape(wanted, shape)
-        except KTError as error:
-            wanted, note = "torch", str(error)
-    if wanted in KERNEL_BACKENDS:
-        kernel.check_shape(wanted, shape)
-        if not kernel.available():
-            unused = ", and kt_weight_path is of no use" if config.kt_weight_path else ""
-            wanted, note = "torch", f"no SFT kernel on this host{unused}: {kernel.variant()}"
-    threads = config.kt_num_threads or (usable_cores() if wanted in KERNEL_BACKENDS else None)
-    tp = 1
-    if config.kt_tp_enabled and wanted in KERNEL_BACKENDS:
-        tp = kernel.valid_tp(wanted, shape, len(numa_nodes()))
-    if config.kt_weight_path and wanted in KERNEL_BACKENDS:
-        PackedModel(config.kt_weight_path).check(shape, tp, kernel.version())
-    return Plan(wanted, threads, tp, config.kt_max_len or 4096, config.kt_share_backward != "off", note)
-
-
-def find_packed(plan: Plan, weights: ExpertWeights, config: KTConfig) -> PackedLayer | None:
-    """These weights in `kt_weight_path`, if it is given and the plan can load them from there.
-
-    Raises:
-        KTError: other weights were packed there.
-    """
-    if config.kt_weight_path is None or plan.backend != "AMXInt8":
-        return None
-    return PackedModel(config.kt_weight_path).find(weights)
+def is_kernel(plan: Plan) -> bool:
+    """Whether somebody else's code computes, and the gate must be passed."""
+    return TABLE[plan.backend].is_kernel
 
 
 def build(
@@ -97,11 +34,11 @@ def build(
     """Loads frozen weights into the planned backend. Says once why it is another one than configured.
 
     Args:
-        plan: from `plan`.
+        plan: from `ktmoe.planning`.
         weights: of the layer.
         shape: what to build for.
         scaling: alpha / r of the LoRA that is usual.
-        packed: the same weights on disk, for AMXInt8.
+        packed: the same weights on disk, where the backend takes them.
 
     Raises:
         KTError: what is on disk is damaged.
@@ -113,23 +50,12 @@ def build(
             f"ktmoe: kt_num_threads: {plan.threads} threads on the {usable_cores()} cores that this process may use "
             "(physical cores, affinity mask, container quota): they will wait for each other. Leave it out."
         )
-    if not plan.is_kernel:
-        backend: Backend = {"reference": ReferenceBackend, "torch": TorchBackend}[plan.backend](weights, shape)
-        backend.threads = plan.threads
+    made = TABLE[plan.backend].build(plan, weights, shape, scaling, packed)
+    if not is_kernel(plan):
+        made.threads = plan.threads
         if plan.threads is None:
             _say_if_serial()
-        return backend
-    return kernel.KernelBackend(
-        plan.backend,
-        weights,
-        shape,
-        scaling=scaling,
-        threads=plan.threads or usable_cores(),
-        tp=plan.tp,
-        max_len=plan.max_len,
-        share_backward=plan.share_backward,
-        packed=packed,
-    )
+    return made
 
 
 def _say_if_serial() -> None:
@@ -140,10 +66,3 @@ def _say_if_serial() -> None:
             f"ktmoe: the routed experts run on {used} of {usable} cores: OMP_NUM_THREADS is {given} (accelerate "
             f"launch and torchrun set it to 1). kt_num_threads: {usable} gives them all."
         )
-
-
-def say_once(message: str) -> None:
-    """Warns, once per process and message."""
-    if message not in _said:
-        _said.add(message)
-        warnings.warn(message, stacklevel=3)

@@ -1,9 +1,9 @@
 """`python -m ktmoe.backends`: one line on which kernel this host can use."""
 
-from ktmoe.backends.kt import kernel
+from ktmoe.backends import kt
 
 
-if kernel.available():
-    print(f"kernel variant: {kernel.variant()}")
+if kt.available():
+    print(f"kernel variant: {kt.variant()}")
 else:
-    print(f"no SFT kernel on this host: {kernel.variant()}")
+    print(f"no SFT kernel on this host: {kt.variant()}")

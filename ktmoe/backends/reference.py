@@ -6,6 +6,7 @@ import torch
 from ktmoe_reference import LORA_NAMES, experts_forward
 from torch import Tensor
 
+from ktmoe.backends.row import Limits, Row
 from ktmoe.interface import STATELESS, Backend
 from ktmoe.types import ExpertWeights, Gradients, Inputs, MoEShape
 
@@ -45,3 +46,13 @@ class ReferenceBackend(Backend):
         scaling = inputs.lora.scaling if inputs.lora else 1.0
         projections = (self.weights.gate_proj, self.weights.up_proj, self.weights.down_proj)
         return experts_forward(x, inputs.top_k_index, w, *projections, tensors, scaling)
+
+
+ROW = Row(
+    "reference",
+    lambda plan, weights, shape, scaling, packed: ReferenceBackend(weights, shape),
+    required=Limits(1e-5, 1e-5, 1e-5),
+    expected=Limits(1e-5, 1e-5, 1e-5),
+    aimed_at=Limits(1e-5, 1e-5, 1e-5),
+    describe=lambda: "the fp32 reference on the CPU",
+)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
+from ktmoe.backends.row import Limits, Row
 from ktmoe.interface import STATELESS, Backend
 from ktmoe.types import ExpertWeights, Gradients, Inputs, Lora, MoEShape
 
@@ -121,3 +122,13 @@ class _Expert:
             grad_lora[at + 1][self.e] = (grad_y.T.float() @ (x @ a.T).float()) * self.lora.scaling
             grad_x = grad_x + scaled.to(x.dtype) @ a
         return grad_x
+
+
+ROW = Row(
+    "torch",
+    lambda plan, weights, shape, scaling, packed: TorchBackend(weights, shape),
+    required=Limits(0.05, 0.10, 0.005),
+    expected=Limits(0.01, 0.015, 0.005),
+    aimed_at=Limits(0.05, 0.10, 0.005),
+    describe=lambda: "PyTorch on the CPU",
+)

@@ -1,1 +1,19 @@
-"""Checkpoints on disk: tensors under the model's names, FP8, packed weights."""
+"""Checkpoints on disk: which files they are, and tensors under the names that they have in the model."""
+
+from ktmoe.checkpoints.files import HUB, OPTIONS, find_files, refuse_adapter
+from ktmoe.checkpoints.names import CheckpointNames, ExpertKey
+from ktmoe.checkpoints.quantised import is_fp8, refuse_quantised
+from ktmoe.checkpoints.reader import Checkpoint
+
+
+__all__ = [
+    "HUB",
+    "OPTIONS",
+    "Checkpoint",
+    "CheckpointNames",
+    "ExpertKey",
+    "find_files",
+    "is_fp8",
+    "refuse_adapter",
+    "refuse_quantised",
+]

@@ -34,13 +34,8 @@ class BlockFP8(Sequence[Tensor]):
         """
         self._matrices, self._scales, self._block = matrices, scales, block
         self.shape = (len(matrices), *matrices[0].shape)
-        expected = tuple(-(-n // b) for n, b in zip(matrices[0].shape, block, strict=True))
         for scale in scales:
-            if tuple(scale.shape) != expected:
-                raise KTError(
-                    f"FP8 scales: got {tuple(scale.shape)} for a matrix of {tuple(matrices[0].shape)}; expected "
-                    f"{expected}, one for each block of {block[0]} x {block[1]} (weight_block_size in config.json)."
-                )
+            check_scale("FP8 scales", tuple(matrices[0].shape), tuple(scale.shape), block)
 
     def __len__(self) -> int:
         """E."""
@@ -59,3 +54,23 @@ class BlockFP8(Sequence[Tensor]):
         """[in] bf16: row `n` of expert `e`, without the rest of its matrix."""
         scale = self._scales[e][n // self._block[0]].float().repeat_interleave(self._block[1])
         return self._matrices[e][n].float().mul_(scale[: self.shape[2]]).to(self.dtype)
+
+
+def check_scale(what: str, matrix: tuple[int, ...], scale: tuple[int, ...], block: tuple[int, int]) -> None:
+    """Refuses block scales that are not one for each block.
+
+    Args:
+        what: for the message.
+        matrix: shape, [out, in].
+        scale: shape, [ceil(out / rows), ceil(in / columns)].
+        block: rows and columns that share a scale.
+
+    Raises:
+        KTError: another shape.
+    """
+    expected = tuple(-(-n // b) for n, b in zip(matrix, block, strict=True)) if len(matrix) == 2 else None
+    if scale != expected:
+        raise KTError(
+            f"{what}: got {scale} for a matrix of {matrix}; expected {expected or 'two dimensions'}, one for each "
+            f"block of {block[0]} x {block[1]} (weight_block_size in config.json)."
+        )

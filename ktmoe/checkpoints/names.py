@@ -77,6 +77,15 @@ class CheckpointNames:
         # keys also where it is part of a larger one.
         return self._place(name) or (self._place(key) if name != key else None)
 
+    def layer_of(self, key: str) -> str | None:
+        """The routed experts that a tensor is named after, whether or not they have one of that name."""
+        for name in (self._renamed(key), key):
+            parts = name.split(".")
+            for n in range(len(parts) - 1, 0, -1):
+                if layer := self._layer(".".join(parts[:n])):
+                    return layer
+        return None
+
     def _place(self, name: str) -> ExpertKey | None:
         if other := self._with_prefix(name, self._others):
             return self._others[other]

@@ -1,4 +1,4 @@
-"""A checkpoint's safetensors files, and the routed experts in them as memory-mapped tensors.
+"""A checkpoint's files, and the routed experts in them as memory-mapped tensors.
 
 Only headers are read to find the experts: their bytes are paged in by the kernel of the operating system when somebody
 computes with them, and dropped by it when memory gets scarce.
@@ -6,43 +6,47 @@ computes with them, and dropped by it when memory gets scarce.
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+import re
+from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ktmoe.checkpoints.fp8 import BlockFP8
+from ktmoe.checkpoints.files import find_files
+from ktmoe.checkpoints.fp8 import BlockFP8, check_scale
 from ktmoe.checkpoints.names import CheckpointNames, ExpertKey
+from ktmoe.checkpoints.quantised import refuse_quantised, refuse_quantised_names
+from ktmoe.checkpoints.torch_file import TorchFile
 from ktmoe.types import PROJECTIONS, ExpertWeights, KTError, Stack
 
 
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
-HUB = ("subfolder", "revision", "cache_dir", "token", "force_download", "local_files_only")
 _SCALE = "_scale_inv"  # what DeepSeek-V3 adds to the name of an FP8 matrix for its block scales
+_LORA = re.compile(r"\.(lora_(A|B|embedding_A|embedding_B|magnitude_vector)|modules_to_save)(\.|$)")
 _FLOATS = ("BF16", "F16", "F32", "F64")
 
 
 class Checkpoint:
-    """The safetensors files of a model.
+    """The files of a model that transformers would read: safetensors, or torch's own.
 
     Attributes:
         path: as the user gave it.
+        source: which files they are.
         shapes: of every tensor in the files, by key.
     """
 
-    def __init__(self, path: str | os.PathLike[str], **hub: Any) -> None:
+    def __init__(self, path: str | os.PathLike[str], *, adapter_beside: bool = False, **options: Any) -> None:
         """Finds the files and reads their headers.
 
         Args:
             path: a directory, or a name on the hub.
-            **hub: `revision`, `cache_dir`, `token` ... as transformers takes them.
+            adapter_beside: whether an adapter in the same place is read by somebody else.
+            **options: of `find_files`; `revision`, `cache_dir`, `variant` ... as transformers takes them.
 
         Raises:
-            KTError: no safetensors, a shard that is missing or damaged, or a key that two shards hold.
+            KTError: no weights, a shard that is missing or damaged, a key that two shards hold, or numbers that are
+                quantised in a way that is not read.
         """
         self.path = str(path)
         self._opened: dict[str, Any] = {}  # key -> the open file that holds it
@@ -50,16 +54,19 @@ class Checkpoint:
         self._sizes: dict[str, int] = {}  # of the files, as they were when their headers were read
         self._dtypes: dict[str, str] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
-        hub = {k: v for k, v in hub.items() if k in HUB and v is not None}
-        self._block = _fp8_block(_file(self.path, "config.json", hub))
-        files, expected = _files(self.path, hub)
-        for file in files:
+        self.source = find_files(path, adapter_beside=adapter_beside, **options)
+        refuse_quantised(self.path, self.source.config)
+        self._block = _fp8_block(self.source.config)
+        for file in self.source.weights:
             self._open(file)
-        lost = sorted(set(expected) - set(self.shapes))
+        refuse_quantised_names(self.path, self.shapes)
+        self._check_fp8()
+        promised = self.source.promised
+        lost = sorted(set(promised) - set(self.shapes))
         if lost:
             raise KTError(
-                f"{self.path}: {INDEX} promises {len(lost)} tensors that its shards do not hold, e.g. {lost[0]} in "
-                f"{expected[lost[0]]}. Download the checkpoint again."
+                f"{self.path}: its index promises {len(lost)} tensors that its shards do not hold, e.g. {lost[0]} in "
+                f"{promised[lost[0]]}. Download the checkpoint again."
             )
 
     def fp8_keys(self) -> list[str]:
@@ -96,9 +103,36 @@ class Checkpoint:
             "or config.json is of another model."
         )
 
+    def check_numbers(self, names: CheckpointNames, parameters: Container[str]) -> None:
+        """Refuses tensors that are read into parameters and hold no floating-point numbers, and LoRA that is not read.
+
+        Args:
+            names: how this model's checkpoints name them.
+            parameters: the model's, by name.
+
+        Raises:
+            KTError: names the file and the key.
+        """
+        for key, dtype in self._dtypes.items():
+            plain, lora = dtype in _FLOATS or dtype.startswith("F8"), _LORA.search(key)
+            if plain and not lora:
+                continue
+            read = names.parameter(key, parameters)
+            if read and not plain:
+                raise self._wrong_dtype(key)
+            if lora and not read:
+                raise KTError(
+                    f"{self._file[key]}: {key} is LoRA, which this model has no place for. Merge it into the weights, "
+                    "or save it as an adapter (PeftModel.save_pretrained) and give that to ktmoe.load_adapter."
+                )
+
+    def _wrong_dtype(self, key: str) -> KTError:
+        return KTError(f"{self._file[key]}: {key} is {self._dtypes[key]}; {_PLAIN}")
+
     def _open(self, file: str) -> None:
         try:
-            opened = safe_open(file, "pt")  # compares the header with the file's size
+            # safetensors compares the header with the file's size
+            opened = safe_open(file, "pt") if file.endswith(".safetensors") else TorchFile(file)
             self._sizes[file] = os.stat(file).st_size
         except (SafetensorError, OSError) as error:
             raise KTError(f"{file}: damaged or not a safetensors file ({error}). Download it again.") from error
@@ -110,6 +144,19 @@ class Checkpoint:
             header = opened.get_slice(key)
             self._opened[key], self._file[key] = opened, file
             self.shapes[key], self._dtypes[key] = tuple(header.get_shape()), header.get_dtype()
+
+    def _check_fp8(self) -> None:
+        with_scales = self.fp8_keys()
+        for key in with_scales:
+            check_scale(
+                f"{self._file[key]}: {key}{_SCALE}: FP8 scales",
+                self.shapes[key],
+                self.shapes[f"{key}{_SCALE}"],
+                self._block,
+            )
+        for key in sorted({k for k, dtype in self._dtypes.items() if dtype.startswith("F8")} - set(with_scales)):
+            if not key.endswith(_SCALE):
+                raise KTError(f"{self._file[key]}: {key} is FP8 without block scales ({key}{_SCALE}). {_PLAIN}")
 
     def experts(self, sizes: Mapping[str, tuple[int, int, int]], names: CheckpointNames) -> dict[str, ExpertWeights]:
         """The routed experts of every layer: views of the files, nothing is copied.
@@ -124,6 +171,8 @@ class Checkpoint:
         found: dict[str, dict[tuple[str, int | None], tuple[str, ExpertKey]]] = {name: {} for name in sizes}
         for key in self.shapes:
             place = None if key.endswith(_SCALE) else names.place(key)
+            if place is None and not key.endswith(_SCALE) and names.layer_of(key) in found:
+                raise KTError(f"{self._file[key]}: {key} is no weight that the routed experts have. {_PLAIN_EXPERTS}")
             if place is None or place.layer not in found:  # not an expert, or a layer that the model does not build
                 continue
             other = found[place.layer].setdefault((place.projection, place.expert), (key, place))
@@ -156,7 +205,7 @@ class Checkpoint:
     def _fused(self, key: str, place: ExpertKey, shape: tuple[int, int, int]) -> Tensor:
         there = self.shapes[key]
         if self._dtypes[key] not in _FLOATS:
-            raise KTError(f"{self._file[key]}: {key} is {self._dtypes[key]}; {_PLAIN}")
+            raise self._wrong_dtype(key)
         turned = (shape[0], shape[2], shape[1])
         if place.transposed or (place.transposed is None and there != shape and there == turned):
             self._check_shape(key, turned)
@@ -170,9 +219,7 @@ class Checkpoint:
         quantised = {self._dtypes[key] for key in keys} == {"F8_E4M3"}
         for key in keys:
             if self._dtypes[key] not in _FLOATS and not quantised:
-                raise KTError(f"{self._file[key]}: {key} is {self._dtypes[key]}; {_PLAIN}")
-            if quantised and f"{key}{_SCALE}" not in self.shapes:
-                raise KTError(f"{self._file[key]}: {key} is FP8 without block scales ({key}{_SCALE}). {_PLAIN}")
+                raise self._wrong_dtype(key)
         matrices = [self._tensor(key) for key in keys]
         return (
             BlockFP8(matrices, [self._tensor(f"{key}{_SCALE}") for key in keys], self._block)
@@ -196,8 +243,9 @@ class Checkpoint:
             raise self.wrong_shape(key, self.shapes[key], shape)
 
 
+_PLAIN_EXPERTS = "They are read as gate, up and down without a bias; LoRA beside them belongs into an adapter."
 _PLAIN = (
-    "routed experts are read in bf16, fp16, fp32, or FP8 with block scales (*_scale_inv). Take the unquantised "
+    "weights are read in bf16, fp16, fp32, or FP8 with block scales (*_scale_inv). Take the unquantised "
     "checkpoint; kt_backend: AMXInt8 quantises it while loading."
 )
 
@@ -209,46 +257,7 @@ def _expected(experts: int, found: Iterable[tuple[str, int | None]]) -> list[tup
     return [(p, e) for e in range(experts) for p in PROJECTIONS]
 
 
-def _fp8_block(config: str | None) -> tuple[int, int]:
+def _fp8_block(config: Mapping[str, Any]) -> tuple[int, int]:
     """Rows and columns that share a scale, from config.json; 128 x 128 in DeepSeek-V3."""
-    quantization = (json.loads(Path(config).read_text(encoding="utf-8")) if config else {}).get("quantization_config")
-    rows, columns = (quantization or {}).get("weight_block_size") or (128, 128)
+    rows, columns = (config.get("quantization_config") or {}).get("weight_block_size") or (128, 128)
     return rows, columns
-
-
-def _files(path: str, hub: Mapping[str, Any]) -> tuple[list[str], dict[str, str]]:
-    """The shards, and the index's promises: key -> file name."""
-    index = _file(path, INDEX, hub)
-    if index is None:
-        single = _file(path, SINGLE, hub)
-        if single is None:
-            raise KTError(
-                f"{path}: neither {INDEX} nor {SINGLE} is there. Experts are streamed from safetensors; convert other "
-                "formats by transformers' save_pretrained."
-            )
-        return [single], {}
-    try:
-        promised: dict[str, str] = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise KTError(f"{index}: not a safetensors index ({error!r}). Download it again.") from error
-    found = {name: _file(path, name, hub) for name in sorted(set(promised.values()))}
-    lost = [name for name, file in found.items() if file is None]
-    if lost:
-        raise KTError(f"{path}: {len(lost)} of {len(found)} shards are missing: {', '.join(lost[:5])}. Download them.")
-    return [file for file in found.values() if file is not None], promised
-
-
-def _file(path: str, name: str, hub: Mapping[str, Any]) -> str | None:
-    """One file's local path, or None if the model does not have it."""
-    if Path(path).is_dir():
-        local = Path(path, hub.get("subfolder") or "", name)
-        return str(local) if local.is_file() else None
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError
-
-    try:
-        return hf_hub_download(path, name, **hub)
-    except EntryNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise KTError(f"{path}: neither a directory nor a model that the hub can give ({error}).") from error

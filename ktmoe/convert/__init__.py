@@ -1,1 +1,7 @@
-"""From file to file: merged checkpoints, packed weights."""
+"""From file to file: a checkpoint with an adapter merged in, a checkpoint's experts packed."""
+
+from ktmoe.convert.merge import Merged, merge_adapter
+from ktmoe.convert.quantize import pack, quantize_model
+
+
+__all__ = ["Merged", "merge_adapter", "pack", "quantize_model"]

@@ -17,9 +17,8 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 import ktmoe
-from ktmoe.backends.kt import kernel
-from ktmoe.backends.kt.int8_files import Int8Files
-from ktmoe.checkpoints.packed import (
+from ktmoe.backends import kt
+from ktmoe.backends.kt import (
     FILES,
     FORMAT,
     MANIFEST,
@@ -29,21 +28,22 @@ from ktmoe.checkpoints.packed import (
     fingerprint,
     write_manifest,
 )
+from ktmoe.convert.output import new_folder
 from ktmoe.cores import usable_cores
 from ktmoe.types import ExpertWeights, KTError
 
 
 _SCRATCH = ".part"
-_OURS = re.compile(rf"_layer_\d+|{re.escape(_SCRATCH)}|{re.escape(MANIFEST)}(\.part)?")
+_OURS = re.compile(rf"lost\+found|_layer_\d+|{re.escape(_SCRATCH)}|{re.escape(MANIFEST)}(\.part)?")
 
 
-def quantize(
+def quantize_model(
     model: str | os.PathLike[str], out: str | os.PathLike[str], tp: int = 1, threads: int | None = None
 ) -> list[PackedLayer]:
     """Packs a checkpoint's routed experts, layer by layer.
 
     Args:
-        model: a directory with safetensors, or a name on the hub.
+        model: a directory, or a name on the hub; the files are those that transformers reads.
         out: a folder, new or left by an earlier run: layers that are whole are not made again.
         tp: parts of tensor parallelism. They are part of the format: as many as the run that loads it will have.
         threads: of the kernel; default: the cores that the process may use.
@@ -55,24 +55,19 @@ def quantize(
         KTError: no kernel on this host; a checkpoint that cannot be read; sizes or parts that the kernel cannot take;
             no space; or a folder that holds something else.
     """
-    from transformers import AutoConfig
+    from ktmoe.checkpoints import Checkpoint, refuse_quantised
+    from ktmoe.models import experts_in, forget_fp8, model_configuration, skeleton
 
-    from ktmoe.checkpoints.reader import Checkpoint
-    from ktmoe.models.attaching import experts_in
-    from ktmoe.models.loading import forget_fp8
-
-    try:
-        model_config = AutoConfig.from_pretrained(model)
-    except (OSError, ValueError) as error:
-        raise KTError(f"{model}: {error}") from error
+    model_config, _, _ = model_configuration(model, None, {})
+    refuse_quantised(model, model_config)
     forget_fp8(model_config)
-    return pack(experts_in(model_config, Checkpoint(model)), Path(out), str(model), tp, threads)
+    return pack(experts_in(skeleton(model_config), Checkpoint(model)), Path(out), str(model), tp, threads)
 
 
 def pack(
     layers: Mapping[str, ExpertWeights], out: Path, model: str, tp: int = 1, threads: int | None = None
 ) -> list[PackedLayer]:
-    """Packs the experts of layers that somebody holds. See `quantize`.
+    """Packs the experts of layers that somebody holds. See `quantize_model`.
 
     Args:
         layers: weights by module name, such as model.layers.3.mlp.experts.
@@ -84,13 +79,11 @@ def pack(
     Returns:
         What is in the folder.
     """
-    if not kernel.available():
-        raise KTError(
-            f"ktmoe quantize: the kernel itself packs, and there is none on this host ({kernel.variant()}). Run it on "
-            "a CPU with AVX512-BF16 or AMX."
-        )
+    if why := kt.INT8.refuse_host():
+        raise KTError(f"ktmoe quantize: the kernel itself packs. {why}. Run it on a CPU with AVX512-BF16 or AMX.")
     threads = threads or usable_cores()
-    recipe = Recipe(FORMAT, kernel.version(), tp)
+    out = Path(os.path.realpath(out))  # it may be a link to a folder that is not there yet
+    recipe = Recipe(FORMAT, kt.version(), tp)
     folders = [out / f"_layer_{n}" for n in _numbers(list(layers))]
     drafts = [
         PackedLayer(folder, name, w.num_experts, w.hidden_size, w.intermediate_size, "", "", recipe)
@@ -99,7 +92,7 @@ def pack(
     packed = []
     with _locked(out) as scratch:
         sizes = dict.fromkeys((d.num_experts, d.hidden_size, d.intermediate_size) for d in drafts)
-        writers = {size: Int8Files(*size, tp, threads, scratch) for size in sizes}  # a wrong --tp shows here
+        writers = {size: kt.Int8Files(*size, tp, threads, scratch) for size in sizes}  # a wrong --tp shows here
         _check_space(out, sum(d.size for d in drafts if not d.folder.exists()))
         with tqdm(total=sum(d.size for d in drafts), desc="Packing experts", unit="B", unit_scale=True) as bar:
             for draft, weights in zip(drafts, layers.values(), strict=True):
@@ -108,12 +101,12 @@ def pack(
                 packed.append(_kept(layer) or _made(layer, weights, writer))
                 bar.update(layer.size)
     _check_distinct(packed)
-    about = {"ktmoe": ktmoe.__version__, "variant": kernel.variant(), "bytes": sum(d.size for d in drafts)}
+    about = {"ktmoe": ktmoe.__version__, "variant": kt.variant(), "bytes": sum(d.size for d in drafts)}
     write_manifest(out, model, packed, about)
     return packed
 
 
-def _made(layer: PackedLayer, weights: ExpertWeights, writer: Int8Files) -> PackedLayer:
+def _made(layer: PackedLayer, weights: ExpertWeights, writer: kt.Int8Files) -> PackedLayer:
     """Packs one layer; it appears under its name when it is whole."""
     written = writer.write(weights)
     files = _hashes(replace(layer, folder=written))
@@ -168,7 +161,7 @@ def _hashes(layer: PackedLayer) -> dict[str, list[int | str]]:
 
 
 def _numbers(names: list[str]) -> list[int]:
-    """The layers' numbers in their model, which name their folders as in kt_kernel's own files."""
+    """The layers' numbers in their model, which name their folders as in the kernel's own files."""
     found = [re.search(r"\.(\d+)\.", name) for name in names]
     numbers = [int(match[1]) for match in found if match]
     return numbers if len(set(numbers)) == len(names) else list(range(len(names)))
@@ -200,22 +193,22 @@ def _locked(out: Path) -> Iterator[Path]:
         KTError: it holds something else, cannot be written, or another process packs into it.
     """
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        strange = [f.name for f in out.iterdir() if not _OURS.fullmatch(f.name)]
-        if strange:
-            raise KTError(f"{out}: holds {strange[0]}, which is no packed weights. Give OUT a folder of its own.")
-        folder = os.open(out, os.O_RDONLY)
-        try:
-            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            scratch = out / _SCRATCH
-            shutil.rmtree(scratch, ignore_errors=True)
-            scratch.mkdir()
+        with new_folder(out):
+            strange = [f.name for f in out.iterdir() if not _OURS.fullmatch(f.name)]
+            if strange:
+                raise KTError(f"{out}: holds {strange[0]}, which is no packed weights. Give OUT a folder of its own.")
+            folder = os.open(out, os.O_RDONLY)
             try:
-                yield scratch
+                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                scratch = out / _SCRATCH
+                shutil.rmtree(scratch, ignore_errors=True)
+                scratch.mkdir()
+                try:
+                    yield scratch
+                finally:
+                    shutil.rmtree(scratch)
             finally:
-                shutil.rmtree(scratch)
-        finally:
-            os.close(folder)
+                os.close(folder)
     except BlockingIOError:
         raise KTError(f"{out}: another ktmoe quantize is writing there.") from None
     except OSError as error:

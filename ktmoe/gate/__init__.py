@@ -1,1 +1,7 @@
-"""The two checks that stand before the kernel."""
+"""May this backend compute? The contract that every backend keeps, and the two checks that stand before the kernel."""
+
+from ktmoe.gate import contract, distance
+from ktmoe.gate.gate import ensure_verified, probe
+
+
+__all__ = ["contract", "distance", "ensure_verified", "probe"]

@@ -17,8 +17,8 @@ import ktmoe_reference
 import platformdirs
 import torch
 
-from ktmoe.backends import Plan, say_once
-from ktmoe.backends.kt import kernel
+from ktmoe.backends import Plan, kt
+from ktmoe.notices import say_once
 from ktmoe.types import MoEShape
 
 
@@ -26,9 +26,9 @@ def subject(plan: Plan, shape: MoEShape) -> dict[str, Any]:
     """Everything that a certificate speaks of. Any difference asks for a new gate."""
     return {
         "shape": asdict(shape),
-        "plan": asdict(plan),
+        "plan": {k: v for k, v in asdict(plan).items() if k != "reasons"},
         "extension": _extension_hash(),
-        "variant": kernel.variant(),
+        "variant": kt.variant(),
         "cpu": _cpu_model(),
         "host": _host(),
         "code": _code_hash(),
@@ -91,7 +91,7 @@ def _machine() -> bytes:
 
 @functools.cache
 def _extension_hash() -> str:
-    path = kernel.extension_path()
+    path = kt.extension_path()
     return hashlib.sha256(path.read_bytes()).hexdigest() if path else ""
 
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
-from ktmoe.convert.merge import Merged, merge_adapter
+from ktmoe.convert import Merged, merge_adapter
 from ktmoe.types import KTError
 
 
@@ -19,12 +18,13 @@ _FIXED: dict[str, tuple[Any, str]] = {
     "export_quantization_bit": (None, "quantise the merged model in a second run, without use_kt"),
     "export_hub_model_id": (None, "upload the folder afterwards: hf upload"),
     "resize_vocab": (False, f"{_MERGE} and keeps every size"),
-    "model_revision": ("main", "download that revision, and name the folder"),
 }  # fmt: skip
 
 
 def export(model_args: Any, data_args: Any) -> Merged:
-    """Merges the adapter into the checkpoint, and writes tokenizer and Modelfile beside it as LLaMA-Factory does.
+    """Merges the adapter into the checkpoint, with tokenizer and Modelfile beside it as LLaMA-Factory writes them.
+
+    Model and adapter are found as `train` and `chat` find them, on the hub too.
 
     Args:
         model_args: LLaMA-Factory's, checked.
@@ -48,10 +48,19 @@ def export(model_args: Any, data_args: Any) -> Merged:
 
     tokenizer = load_tokenizer(model_args)["tokenizer"]
     template = get_template_and_fix_tokenizer(tokenizer, data_args)  # a mistake shows before hours of writing
-    adapter = os.path.join(model_args.adapter_name_or_path[0], model_args.adapter_folder or "")
-    merged = merge_adapter(model_args.model_name_or_path, adapter.rstrip(os.sep), model_args.export_dir)
-    tokenizer.padding_side = "left"
-    tokenizer.init_kwargs["padding_side"] = "left"
-    tokenizer.save_pretrained(model_args.export_dir)
-    Path(model_args.export_dir, "Modelfile").write_text(template.get_ollama_modelfile(tokenizer), encoding="utf-8")
-    return merged
+    hub = {"cache_dir": model_args.cache_dir, "revision": model_args.model_revision, "token": model_args.hf_hub_token}
+
+    def finish(folder: Path) -> None:
+        tokenizer.padding_side = "left"
+        tokenizer.init_kwargs["padding_side"] = "left"
+        tokenizer.save_pretrained(folder)
+        (folder / "Modelfile").write_text(template.get_ollama_modelfile(tokenizer), encoding="utf-8")
+
+    return merge_adapter(
+        model_args.model_name_or_path,
+        model_args.adapter_name_or_path[0],
+        model_args.export_dir,
+        model_options=hub,
+        adapter_options={**hub, "subfolder": model_args.adapter_folder},
+        finish=finish,
+    )

@@ -7,14 +7,22 @@ from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
-from ktmoe.adapters import model as adapters
-from ktmoe.checkpoints.reader import Checkpoint
+from ktmoe import adapters
+from ktmoe.checkpoints import Checkpoint
 from ktmoe.llamafactory import preflight
 from ktmoe.llamafactory.arguments import kt_config
 from ktmoe.llamafactory.logs import logger, warnings_to_log
-from ktmoe.models.attaching import moe_layers, summary, unwrapped_layers
-from ktmoe.models.loading import forget_fp8, stream, without_experts
-from ktmoe.models.native import native_class, native_config
+from ktmoe.models import (
+    check_headers,
+    forget_fp8,
+    moe_layers,
+    native_class,
+    native_config,
+    stream,
+    summary,
+    unwrapped_layers,
+    without_experts,
+)
 from ktmoe.types import KTError
 
 
@@ -50,7 +58,8 @@ def load_model(original: Any) -> Any:
                 f"trust_remote_code: the model is transformers' own ({native}); its remote code is not run."
             )
         if model_args.use_kt:
-            _checkpoint(model_args)  # damaged files are refused before anything is loaded
+            # Damaged, incomplete and quantised files are refused before anything is loaded.
+            check_headers(preflight.load_config(model_args), _checkpoint(model_args))
         streamed = without_experts() if model_args.use_kt else contextlib.nullcontext()
         with native_config(native), mock.patch.object(model_args, "trust_remote_code", trust and not native), streamed:
             model = original(tokenizer, model_args, finetuning_args, is_trainable, *args, **kwargs)

@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from ktmoe.checkpoints import refuse_quantised
 from ktmoe.llamafactory.arguments import kt_config
 from ktmoe.types import KTError
 
@@ -58,19 +59,13 @@ def check_inference(model_args: Any, finetuning_args: Any) -> Any:
     Raises:
         KTError: as `check_loading`.
     """
-    from ktmoe.models.attaching import check_model
+    from ktmoe.models import check_model
 
     model_config = load_config(model_args)
     if _is_multimodal(model_config):
         kind = type(model_config).__name__
         raise KTError(f"model_name_or_path: {kind} is multimodal; only text models are built so far.")
-    quantized = getattr(model_config, "quantization_config", None)
-    if quantized:
-        method = quantized.get("quant_method") if isinstance(quantized, dict) else type(quantized).__name__
-        raise KTError(
-            f"model_name_or_path: the checkpoint is quantised ({method}); expected bf16 weights, or FP8 with block "
-            "scales. Take the bf16 release, or dequantise it first."
-        )
+    refuse_quantised(f"model_name_or_path: {model_args.model_name_or_path}", model_config)
     check_model(model_config, kt_config(model_args), largest_rank(model_args, finetuning_args))
     return model_config
 
@@ -155,8 +150,8 @@ def _check_targets(model_config: Any, finetuning_args: Any) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from ktmoe.adapters.layout import checkpoint_layout
-    from ktmoe.models.attaching import unwrapped_layers
+    from ktmoe.adapters import checkpoint_layout
+    from ktmoe.models import unwrapped_layers
 
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(model_config)
@@ -195,7 +190,7 @@ def load_config(model_args: Any) -> Any:
     from llamafactory.model import loader
     from transformers.utils import logging
 
-    from ktmoe.models.native import native_class, native_config
+    from ktmoe.models import native_class, native_config
 
     verbosity = logging.get_verbosity()
     logging.set_verbosity_warning()  # LLaMA-Factory has just asked for more, which would print every configuration

@@ -13,14 +13,15 @@ import transformers
 from torch import nn
 from tqdm.auto import tqdm
 
-from ktmoe.adapters.layer import LoraExperts
-from ktmoe.adapters.model import check_lora_config, get_peft_model
-from ktmoe.backends import plan
-from ktmoe.backends.kt import kernel
-from ktmoe.checkpoints.reader import Checkpoint
+from ktmoe.adapters import LoraExperts, check_lora_config, get_peft_model
+from ktmoe.backends import TABLE, is_kernel
+from ktmoe.checkpoints import Checkpoint
 from ktmoe.config import KTConfig
 from ktmoe.experts import MoEExperts
+from ktmoe.gate import distance
 from ktmoe.models.families import Layer, expert_modules, find, names_on_disk, put_back
+from ktmoe.notices import say_once
+from ktmoe.planning import plan
 from ktmoe.processes import check_one_process
 from ktmoe.types import ExpertWeights, KTError, MoEShape
 
@@ -57,6 +58,13 @@ def attach(
         KTError: no MoE layer, experts that are not plain, sizes that the backend cannot take, or a launcher that
             started several processes. It stays as it was.
         KernelError: the kernel failed a check.
+
+    Examples:
+        >>> model = transformers.AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.bfloat16)
+        >>> config = ktmoe.KTConfig(kt_backend="torch")
+        >>> model = ktmoe.attach(model, config, lora=peft.LoraConfig(target_modules=["experts"]))
+        >>> model(torch.tensor([[1, 2, 3]])).logits.shape
+        torch.Size([1, 3, 64])
     """
     check_one_process()
     config = config or KTConfig()
@@ -107,15 +115,18 @@ def attach(
 
 
 def _load(layers: dict[str, MoEExperts], rank: int, streamed: bool) -> None:
-    """Loads every layer into its backend, with a bar that shows bytes per second."""
-    packs = next(iter(layers.values())).plan.is_kernel
+    """Loads every layer into its backend, with a bar that shows bytes per second; says how far its format is off."""
+    packs = is_kernel(next(iter(layers.values())).plan)
     what = f"{'Packing' if packs else 'Mapping'} experts{' from disk' if streamed else ''}"
     size = sum(experts.weights.nbytes() for experts in layers.values())
     quiet = len(layers) < 8 or not (packs or streamed)
     with tqdm(total=size, desc=what, unit="B", unit_scale=True, disable=quiet) as bar:
-        for experts in layers.values():
-            experts.load(rank)
+        loaded = {}
+        for name, experts in layers.items():
+            loaded[name] = experts.load(rank)
             bar.update(experts.weights.nbytes())
+    if found := distance.sentence(loaded):
+        say_once(f"ktmoe: {found}")
 
 
 def _mend(block: Any, experts: MoEExperts) -> None:
@@ -130,6 +141,11 @@ def detach(model: nn.Module) -> nn.Module:
     Raises:
         KTError: nothing is attached, adapters are still around the experts, or `load_model` made the model. It stays
             as it was.
+
+    Examples:
+        >>> model = transformers.AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.bfloat16)
+        >>> model = ktmoe.attach(model, ktmoe.KTConfig(kt_backend="torch"))
+        >>> ktmoe.detach(model).save_pretrained(new_path)  # with the experts
     """
     layers = moe_layers(model)
     if not layers:
@@ -183,22 +199,21 @@ def expert_shapes(model_config: Any, r: int, *, trust_remote_code: bool = False)
     """
     if isinstance(r, bool) or not isinstance(r, int) or r < 1:
         raise KTError(f"lora_rank: got {r!r}; expected a whole number of at least 1.")
-    skeleton = _skeleton(model_config, trust_remote_code)
-    return list(dict.fromkeys(replace(layer.shape(), rank=r) for layer in find(skeleton).values()))
+    model = skeleton(model_config, trust_remote_code)
+    return list(dict.fromkeys(replace(layer.shape(), rank=r) for layer in find(model).values()))
 
 
-def experts_in(model_config: Any, checkpoint: Checkpoint) -> dict[str, ExpertWeights]:
+def experts_in(model: nn.Module, checkpoint: Checkpoint) -> dict[str, ExpertWeights]:
     """The routed experts in a checkpoint, by the name that their module has in the model. Nothing is loaded.
 
     Args:
-        model_config: a transformers configuration.
+        model: from `skeleton`.
         checkpoint: its files.
 
     Raises:
         KTError: as `attach`; or matrices that are missing, there twice, or of another shape.
     """
-    skeleton = _skeleton(model_config)
-    return _on_disk(skeleton, find(skeleton), checkpoint)
+    return _on_disk(model, find(model), checkpoint)
 
 
 def _on_disk(model: nn.Module, found: Mapping[str, Layer], checkpoint: Checkpoint) -> dict[str, ExpertWeights]:
@@ -207,8 +222,12 @@ def _on_disk(model: nn.Module, found: Mapping[str, Layer], checkpoint: Checkpoin
     return checkpoint.experts(sizes, names_on_disk(model, found))
 
 
-def _skeleton(model_config: Any, trust_remote_code: bool = False) -> nn.Module:
-    """The model without weights."""
+def skeleton(model_config: Any, trust_remote_code: bool = False) -> nn.Module:
+    """The model without weights.
+
+    Raises:
+        KTError: transformers has no such model, or its remote code does not run here.
+    """
     try:
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -247,11 +266,11 @@ def summary(model: nn.Module) -> list[str]:
     if not layers:
         return ["ktmoe: no routed experts are attached."]
     first = layers[0]
-    where = {"torch": "PyTorch on the CPU", "reference": "the fp32 reference on the CPU"}.get(first.plan.backend)
-    if first.plan.is_kernel:
+    where = TABLE[first.plan.backend].describe()
+    if is_kernel(first.plan):
         checked = "NOT verified (kt_verify: off)" if first.config.kt_verify == "off" else "verified on this machine"
         pools = f", {first.plan.tp} NUMA pools" if first.plan.tp > 1 else ""
-        where = f"kt_kernel ({kernel.variant()}), {first.plan.threads} threads{pools}, {checked}"
+        where += f", {first.plan.threads} threads{pools}, {checked}"
     fallen = [m for m in layers if m.plan.backend != first.plan.backend]
     others_too = f"; {len(fallen)} layers on {fallen[0].plan.backend}" if fallen else ""
     size = sum(m.weights.nbytes() for m in layers) / 1e9

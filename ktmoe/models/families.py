@@ -15,7 +15,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from ktmoe.checkpoints.names import CheckpointNames, ExpertKey
+from ktmoe.checkpoints import CheckpointNames, ExpertKey
 from ktmoe.experts import MoEExperts
 from ktmoe.models.blocks import (
     Row,

@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import os
 import re
-import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, cast
 from unittest import mock
 
 import torch
-import transformers
 from torch import nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
-from ktmoe.checkpoints.names import CheckpointNames
-from ktmoe.checkpoints.reader import HUB, Checkpoint
+from ktmoe.checkpoints import HUB, OPTIONS, Checkpoint, CheckpointNames, is_fp8, refuse_quantised
 from ktmoe.config import KTConfig
-from ktmoe.models.attaching import attach, auto_class, check_model
+from ktmoe.models.arguments import (
+    PLACES,
+    UnknownArgument,
+    check_arguments,
+    configurations,
+    model_configuration,
+    options_for,
+    whose,
+)
+from ktmoe.models.attaching import attach, auto_class, check_model, experts_in, skeleton
 from ktmoe.models.families import expert_modules
-from ktmoe.models.native import native_class, native_config
 from ktmoe.processes import check_one_process
 from ktmoe.types import KTError
 
@@ -29,84 +33,86 @@ from ktmoe.types import KTError
 if TYPE_CHECKING:
     from peft import LoraConfig
 
-_REFUSED = (
-    "state_dict",
-    "gguf_file",
-    "from_tf",
-    "from_flax",
-    "variant",
-    "key_mapping",
-    "tp_plan",
-    "load_in_4bit",
-    "load_in_8bit",
-    "ignore_mismatched_sizes",
-)
-_PLACES = "Give a device_map that puts every module on a device, or offloads some of them beside others on a device."
-
 
 def load_model(
     path: str | os.PathLike[str],
-    config: KTConfig | None = None,
+    config: KTConfig | PretrainedConfig | None = None,
     lora: LoraConfig | None = None,
     r: int | None = None,
+    *,
+    kt_config: KTConfig | None = None,
     **from_pretrained: Any,
-) -> nn.Module:
+) -> Any:
     """A language model from disk or the hub, its routed experts run by ktmoe.
 
     transformers loads everything else, where `device_map` says. The experts stay in their memory-mapped files: the
     kernel packs them from there layer by layer, and the torch backend computes straight from them.
 
     Args:
-        path: a directory with safetensors, or a name on the hub.
-        config: which backend, threads, limits.
+        path: a directory, or a name on the hub. Which files in it are the model is for transformers to say.
+        config: which backend, threads, limits; or, as for `from_pretrained`, transformers' own configuration.
         lora: if given, the adapter is added too, on the experts and on the rest.
         r: the largest LoRA rank that adapters will have, where `lora` does not say it.
-        **from_pretrained: `dtype`, `device_map`, `attn_implementation`, `revision`,
-            `trust_remote_code` (used only where transformers has no class of its own) ... for transformers.
+        kt_config: which backend, threads, limits, where `config` is transformers'.
+        **from_pretrained: what `AutoModelForCausalLM.from_pretrained` takes: values for the configuration
+            (`use_cache`, `attention_dropout`), `dtype`, `device_map`, `attn_implementation`, `revision`, `variant`,
+            `trust_remote_code` (used only where transformers has no class of its own) ...
 
     Returns:
-        The model, or a PeftModel around it if `lora` was given.
+        The model, or a PeftModel around it if `lora` was given. With `output_loading_info`, that and transformers'
+        account of it.
 
     Raises:
-        KTError: shards that are missing, damaged, incomplete or of another model; or as `attach`.
+        KTError: an argument that does not exist or has no meaning here; a quantised checkpoint; shards that are
+            missing, damaged, incomplete or of another model; or as `attach`.
         KernelError: the kernel failed a check.
+
+    Examples:
+        >>> config = ktmoe.KTConfig(kt_backend="torch")
+        >>> model = ktmoe.load_model(model_path, config, lora=peft.LoraConfig(r=8, target_modules="all-linear"))
+        >>> model(input_ids=torch.tensor([[1, 2, 3]]), labels=torch.tensor([[1, 2, 3]])).loss.backward()
+        >>> model.save_pretrained(new_path)  # the adapter, as stock peft reads it
     """
     check_one_process()
-    refused = sorted(name for name in _REFUSED if from_pretrained.get(name))
-    if refused:
-        raise KTError(f"load_model: got {', '.join(refused)}; experts are streamed from safetensors. Leave it out.")
-    device_map = from_pretrained.get("device_map")
-    places = device_map.values() if isinstance(device_map, Mapping) else (device_map,)
-    if any(str(place) == "meta" for place in places):
-        raise KTError(f"device_map: got {device_map!r}; on the meta device there are no weights. {_PLACES}")
-    config = config or KTConfig()
+    given, kt_config = configurations(config, kt_config)
+    check_arguments(from_pretrained)
+    model_config, trust, rest = model_configuration(path, given, from_pretrained)
     hub = {k: v for k, v in from_pretrained.items() if k in HUB}
-    trust = from_pretrained.pop("trust_remote_code", False)
-    try:
-        native = native_class(path, hub)
-        with native_config(native):
-            model_config = from_pretrained.pop("config", None)
-            model_config = model_config or AutoConfig.from_pretrained(path, trust_remote_code=trust, **hub)
-    except (OSError, ValueError, ImportError) as error:
-        raise KTError(f"{path}: {error}") from error
-    if trust and native:
-        warnings.warn(
-            f"ktmoe: trust_remote_code: {path} is loaded as transformers' own class ({native}); its remote code is "
-            "not run.",
-            stacklevel=2,
-        )
-        trust = False
+    refuse_quantised(path, model_config)
     fp8 = forget_fp8(model_config)
-    check_model(model_config, config, lora.r if lora is not None else r or 1, trust_remote_code=trust)
-    checkpoint = Checkpoint(path, **hub)
-    options = _options(from_pretrained, torch.bfloat16 if fp8 else "auto")
+    check_model(model_config, kt_config, lora.r if lora is not None else r or 1, trust_remote_code=trust)
+    checkpoint = Checkpoint(
+        path,
+        transformers_weights=getattr(model_config, "transformers_weights", None),
+        **{k: v for k, v in from_pretrained.items() if k in OPTIONS},
+    )
+    check_headers(model_config, checkpoint, trust)
+    asked_info = rest.pop("output_loading_info", False)
+    options = options_for({**rest, **hub}, torch.bfloat16 if fp8 or checkpoint.fp8_keys() else "auto")
     with without_experts():
-        model, info = auto_class(model_config).from_pretrained(
-            path, config=model_config, trust_remote_code=trust, **options
-        )
+        try:
+            model, info = auto_class(model_config).from_pretrained(
+                path, config=model_config, trust_remote_code=trust, **options
+            )
+        except TypeError as error:
+            if "unexpected keyword" not in str(error):
+                raise
+            raise UnknownArgument(f"load_model: {error}{whose(options)}") from error
     _check_on_devices(model)
     _check_rest(model, checkpoint, info)
-    return stream(model, checkpoint, config, lora, r)
+    loaded = stream(model, checkpoint, kt_config, lora, r)
+    return (loaded, info) if asked_info else loaded
+
+
+def check_headers(model_config: Any, checkpoint: Checkpoint, trust_remote_code: bool = False) -> None:
+    """Refuses, from the headers alone, experts that are incomplete and tensors that are no floating-point numbers.
+
+    Raises:
+        KTError: names the file and the key.
+    """
+    model = skeleton(model_config, trust_remote_code)
+    experts_in(model, checkpoint)
+    checkpoint.check_numbers(CheckpointNames(model, ()), dict(model.named_parameters()))
 
 
 def _check_on_devices(model: nn.Module) -> None:
@@ -114,7 +120,7 @@ def _check_on_devices(model: nn.Module) -> None:
     for name, module in model.named_modules():
         lost = [p for p, value in module.named_parameters(name, recurse=False) if value.is_meta]
         if lost and not hasattr(module, "_hf_hook"):
-            raise KTError(f"device_map: {lost[0]} has no weights: transformers left it on the meta device. {_PLACES}")
+            raise KTError(f"device_map: {lost[0]} has no weights: transformers left it on the meta device. {PLACES}")
 
 
 def _check_rest(model: nn.Module, checkpoint: Checkpoint, info: dict[str, Any]) -> None:
@@ -140,27 +146,13 @@ def _check_rest(model: nn.Module, checkpoint: Checkpoint, info: dict[str, Any]) 
         )
 
 
-def _options(given: Mapping[str, Any], dtype: Any) -> dict[str, Any]:
-    """Arguments of `from_pretrained` by the names of the installed release; `dtype` is the default."""
-    options = {"dtype": dtype, **given}
-    options["dtype"] = options.pop("torch_dtype", options["dtype"])
-    release = tuple(int(part) for part in transformers.__version__.split(".")[:2])
-    if release < (4, 56):
-        options["torch_dtype"] = options.pop("dtype")
-    if release < (5, 0) and find_spec("accelerate"):
-        options.setdefault("low_cpu_mem_usage", True)  # the skeleton is made on meta, as later releases always do
-    # A tensor of another shape is then named among the mismatched keys, by every release.
-    return {**options, "output_loading_info": True, "ignore_mismatched_sizes": True}
-
-
 def forget_fp8(model_config: Any) -> bool:
     """Takes FP8 with block scales off a configuration, since `stream` dequantises: transformers' own way needs a GPU.
 
     Returns:
         Whether it was there. The parameters of the model are bare FP8 numbers until `stream`.
     """
-    quantization = getattr(model_config, "quantization_config", None)
-    if not isinstance(quantization, dict) or quantization.get("quant_method") != "fp8":
+    if not is_fp8(model_config):
         return False
     del model_config.quantization_config
     return True

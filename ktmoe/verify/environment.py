@@ -9,7 +9,7 @@ from pathlib import Path
 
 import psutil
 
-from ktmoe.backends.kt import kernel
+from ktmoe.backends import kt
 from ktmoe.cores import numa_nodes, usable_cores
 
 
@@ -31,7 +31,7 @@ def describe() -> dict[str, str]:
         "NUMA nodes": str(len(numa_nodes())),
         "memory": f"{psutil.virtual_memory().total / 2**30:.1f} GiB",
         "system": f"{platform.system()} {platform.release()}, Python {platform.python_version()}",
-        "kernel": kernel.variant() if kernel.available() else f"none: {kernel.variant()}",
+        "kernel": kt.variant() if kt.available() else f"none: {kt.variant()}",
     }
     return found | {package: _version(package) for package in _PACKAGES}
 

@@ -11,10 +11,9 @@ from typing import Any
 
 from rich.console import Console
 
-from ktmoe.backends import KERNEL_BACKENDS
-from ktmoe.backends.kt import kernel
+from ktmoe.backends import KERNEL_BACKENDS, TABLE, kt
 from ktmoe.gate import contract
-from ktmoe.models.attaching import expert_shapes
+from ktmoe.models import expert_shapes
 from ktmoe.types import KTError, MoEShape
 
 
@@ -58,15 +57,19 @@ def shapes_of(model: str, rank: int) -> dict[str, MoEShape]:
     return {name if i == 0 else f"{name} ({i + 1})": shape for i, shape in enumerate(found)}
 
 
+def has_weights(model: str) -> bool:
+    """Whether a folder has safetensors beside its config.json. The hub is not asked for gigabytes."""
+    return next(Path(model).glob("*.safetensors"), None) is not None
+
+
 def backends_for(shape: MoEShape, to: Console) -> list[str]:
     """The backends of this host that can compute a layer of this shape; says which kernel ones cannot, and why."""
     found = ["torch"]
-    for name in KERNEL_BACKENDS if kernel.available() else ():
-        try:
-            kernel.check_shape(name, shape)
+    for name in KERNEL_BACKENDS if kt.available() else ():
+        if why := TABLE[name].why_not(shape):
+            to.print(f"{name} left out: {why}", style="yellow", markup=False, highlight=False)
+        else:
             found.append(name)
-        except KTError as error:
-            to.print(f"{name} left out: {error}", style="yellow", markup=False, highlight=False)
     return found
 
 
@@ -110,11 +113,11 @@ def end(
     if problems:
         verdict, summary = "fail", f"{section} FAILED: {len(problems)} problems"
     elif not kernels:
-        why = "it did not run" if kernel.available() else kernel.variant()
+        why = "it did not run" if kt.available() else kt.variant()
         verdict, summary = "not verified", f"kernel NOT verified on this host: {why}"
     else:
         verdict = "pass"
-        summary = summary or f"{section}: kernel verified: {kernel.variant()} ({', '.join(kernels)})"
+        summary = summary or f"{section}: kernel verified: {kt.variant()} ({', '.join(kernels)})"
     to.print(summary, style=COLOURS[verdict], markup=False, highlight=False)
     if args.output is not None:
         args.output.mkdir(parents=True, exist_ok=True)

@@ -23,8 +23,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from ktmoe.backends import KERNEL_BACKENDS
-from ktmoe.backends.kt import kernel
+from ktmoe.backends import KERNEL_BACKENDS, kt
 from ktmoe.verify import results, usage
 from ktmoe.verify.growth import Trend, late_rise, trend
 from ktmoe.verify.tuning import Probe, Tuning
@@ -167,7 +166,7 @@ def _events(found: Run, tuning: Tuning, saves: float) -> None:
 
 def table(runs: list[Run]) -> Table:
     """One column per backend."""
-    out = Table(title=f"Soak; kernel: {kernel.variant()}", caption="memory: level, growth per 1,000 steps +- 95 %")
+    out = Table(title=f"Soak; kernel: {kt.variant()}", caption="memory: level, growth per 1,000 steps +- 95 %")
     out.add_column("")
     for r in runs:
         out.add_column(r.backend, justify="right")
@@ -268,7 +267,7 @@ def main(argv: list[str] | None = None) -> int:
     seconds = 3600 * args.hours if args.hours is not None else 60 * args.minutes
     if not 0 < seconds < math.inf:
         parser.error(f"--minutes, --hours: got {seconds / 60} minutes; expected more than 0.")
-    here = ("torch", *KERNEL_BACKENDS) if kernel.available() else ("torch",)
+    here = ("torch", *KERNEL_BACKENDS) if kt.available() else ("torch",)
     names = [n for n in dict.fromkeys(args.backend or KERNEL_BACKENDS) if n in here] or ["torch"]
     console = results.console()
     with _progress(console, seconds) as watch:

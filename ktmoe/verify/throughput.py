@@ -15,11 +15,11 @@ from rich.markup import escape
 from rich.progress import track
 from rich.table import Table
 
-from ktmoe.backends import build, plan
-from ktmoe.backends.kt import kernel
+from ktmoe.backends import build, kt
 from ktmoe.config import KTConfig
 from ktmoe.gate import contract
 from ktmoe.interface import Backend
+from ktmoe.planning import plan
 from ktmoe.types import MoEShape
 from ktmoe.validation import make_inputs
 from ktmoe.verify import accuracy, results
@@ -66,7 +66,7 @@ def table(shape_name: str, shape: MoEShape, tokens: int, times: dict[str, dict[s
     """Medians, and their ratios."""
     threads = torch.get_num_threads()
     title = f"{escape(shape_name)} ({results.sizes(shape)}), {tokens} tokens"
-    out = Table(title=f"{title}\n{threads} torch threads, kernel {escape(kernel.variant())}")
+    out = Table(title=f"{title}\n{threads} torch threads, kernel {escape(kt.variant())}")
     for column in ("backend", "forward, ms", "backward, ms", "backward / forward", "tokens/s, both"):
         out.add_column(column, justify="left" if column == "backend" else "right")
     for name, t in times.items():
@@ -99,7 +99,7 @@ def main(argv: list[str] | None = None) -> int:
         console.print(table(name, shape, args.tokens, times))
         runs.append({"shape_name": name, "shape": vars(shape), "seconds": times})
     measured = {name for run in runs for name in run["seconds"]}
-    data = {"variant": kernel.variant(), "tokens": args.tokens, "rounds": args.rounds, "runs": runs}
+    data = {"variant": kt.variant(), "tokens": args.tokens, "rounds": args.rounds, "runs": runs}
     summary = f"throughput measured: {', '.join(f'{n} ({results.sizes(s)})' for n, s in shapes.items())}"
     return results.end(console, args, "throughput", measured, [], data, summary)
 

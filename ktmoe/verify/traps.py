@@ -18,8 +18,7 @@ from collections.abc import Iterator
 from rich.progress import track
 from rich.table import Table
 
-from ktmoe.backends import KERNEL_BACKENDS
-from ktmoe.backends.kt import kernel
+from ktmoe.backends import KERNEL_BACKENDS, kt
 from ktmoe.verify import results
 from ktmoe.verify.probes import TRAPS
 
@@ -80,7 +79,7 @@ def _child(name: str, numbers: list[int]) -> None:
 
 def table(found: dict[str, dict[int, list[str]]]) -> Table:
     """One row per trap, one column per backend."""
-    out = Table(title=f"Traps of the kernel ({kernel.variant()}), with ktmoe's guards")
+    out = Table(title=f"Traps of the kernel ({kt.variant()}), with ktmoe's guards")
     for column in ("trap", "without a guard", *found):
         out.add_column(column)
     for number, trap in sorted(TRAPS.items()):
@@ -99,7 +98,7 @@ def main(argv: list[str] | None = None) -> int:
         _child(args.child[0], [int(n) for n in args.child[1:]])
         return 0
     console = results.console()
-    if not kernel.available():
+    if not kt.available():
         return results.end(console, args, "traps", (), [], {})
     found: dict[str, dict[int, list[str]]] = {}
     for name in KERNEL_BACKENDS:

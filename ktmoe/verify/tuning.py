@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
 import ktmoe
+from ktmoe.backends import is_kernel
 from ktmoe.config import KTConfig
 from ktmoe.experts import MoEExperts
 from ktmoe.gate import contract
@@ -172,7 +173,7 @@ class Probe:
         )
         for name, parameter in self._experts.lora.items():
             parameter.data.copy_(self._case.lora.tensors[name])
-        if not self._experts.plan.is_kernel:
+        if not is_kernel(self._experts.plan):
             self._meet_every_size()
         self._first = self._answers()
 

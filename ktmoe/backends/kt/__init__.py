@@ -1,1 +1,39 @@
-"""kt_kernel's SFT operators: all that knows the kernel and its traps."""
+"""kt_kernel's SFT operators as backends: all that knows the kernel, its files and its traps."""
+
+from ktmoe.backends.kt.extension import available, extension_path, variant, version
+from ktmoe.backends.kt.int8_files import Int8Files
+from ktmoe.backends.kt.kernel import KernelBackend, valid_tp
+from ktmoe.backends.kt.packed import (
+    FILES,
+    FORMAT,
+    MANIFEST,
+    PackedFile,
+    PackedLayer,
+    PackedModel,
+    Recipe,
+    fingerprint,
+    write_manifest,
+)
+from ktmoe.backends.kt.rows import BF16, INT8
+
+
+__all__ = [
+    "BF16",
+    "FILES",
+    "FORMAT",
+    "INT8",
+    "MANIFEST",
+    "Int8Files",
+    "KernelBackend",
+    "PackedFile",
+    "PackedLayer",
+    "PackedModel",
+    "Recipe",
+    "available",
+    "extension_path",
+    "fingerprint",
+    "valid_tp",
+    "variant",
+    "version",
+    "write_manifest",
+]

@@ -21,10 +21,10 @@ from torch import Tensor
 
 from ktmoe.backends.kt.extension import Host, available, extension_path, quiet, variant, version
 from ktmoe.backends.kt.objects import KernelObject, contiguous, create
+from ktmoe.backends.kt.packed import PackedLayer
 from ktmoe.backends.kt.staging import staging
 from ktmoe.backends.torch import TorchBackend
-from ktmoe.checkpoints.packed import PackedLayer
-from ktmoe.interface import STATELESS, Backend
+from ktmoe.interface import STATELESS, Backend, Int8
 from ktmoe.types import PROJECTIONS, ExpertWeights, Gradients, Inputs, KTError, MoEShape
 
 
@@ -133,6 +133,7 @@ class KernelBackend(Backend):
             packed.check(shape, tp, version())
         self.name, self.shape, self.weights, self.scaling = kind, shape, weights, scaling
         self.max_len = -(-max_len // 32) * 32
+        self.int8 = Int8(requantised=share_backward, tp=tp) if kind == "AMXInt8" else None
         self._host = Host.get(threads, tp)
         self._exact = TorchBackend(weights, shape, torch.float32)
         self._cached = STATELESS  # the ticket whose activations the kernel holds

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
-from ktmoe.checkpoints.packed import PackedLayer
+from ktmoe.backends.kt.packed import PackedLayer
 from ktmoe.types import PROJECTIONS
 
 

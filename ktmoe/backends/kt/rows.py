@@ -1,0 +1,65 @@
+"""The kernel's rows in the table of backends, one for each of its formats."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from ktmoe.backends.kt import extension, kernel
+from ktmoe.backends.kt.packed import PackedLayer
+from ktmoe.backends.row import Limits, Plan, Row
+from ktmoe.cores import numa_nodes, usable_cores
+from ktmoe.types import ExpertWeights, KTError, MoEShape
+
+
+def _build(
+    plan: Plan, weights: ExpertWeights, shape: MoEShape, scaling: float, packed: PackedLayer | None
+) -> kernel.KernelBackend:
+    return kernel.KernelBackend(
+        plan.backend,
+        weights,
+        shape,
+        scaling=scaling,
+        threads=plan.threads or usable_cores(),
+        tp=plan.tp,
+        max_len=plan.max_len,
+        share_backward=plan.share_backward,
+        packed=packed,
+    )
+
+
+def _refuse_shape(name: str, shape: MoEShape) -> str:
+    try:
+        kernel.check_shape(name, shape)
+    except KTError as error:
+        return str(error)
+    return ""
+
+
+def _refuse_host() -> str:
+    return "" if extension.available() else f"no SFT kernel on this host: {extension.variant()}"
+
+
+def _largest_tp(name: str, shape: MoEShape) -> int:
+    return kernel.valid_tp(name, shape, len(numa_nodes()))
+
+
+def _row(name: str, required: Limits, expected: Limits, aimed_at: Limits, takes_packed: bool = False) -> Row:
+    return Row(
+        name,
+        _build,
+        required,
+        expected,
+        aimed_at,
+        describe=lambda: f"kt_kernel ({extension.variant()})",
+        refuse_shape=partial(_refuse_shape, name),
+        refuse_host=_refuse_host,
+        largest_tp=partial(_largest_tp, name),
+        is_kernel=True,
+        takes_packed=takes_packed,
+    )
+
+
+# By the arithmetic that each has INT8 is held as closely as BF16, on weights with outliers too.
+_REQUIRED = Limits(0.02, 0.03, 0.005)
+BF16 = _row("AMXBF16", _REQUIRED, Limits(0.01, 0.015, 0.005), Limits(0.05, 0.10, 0.005))
+INT8 = _row("AMXInt8", _REQUIRED, Limits(0.01, 0.012, 0.005), Limits(0.15, 0.25, 0.01), takes_packed=True)

@@ -1,0 +1,59 @@
+"""Which backend runs a layer on this host, and how: decided before anything is loaded."""
+
+from __future__ import annotations
+
+from ktmoe.backends import TABLE, Plan, kt
+from ktmoe.backends.kt import PackedLayer, PackedModel
+from ktmoe.config import KTConfig
+from ktmoe.cores import usable_cores
+from ktmoe.types import ExpertWeights, KTError, MoEShape
+from ktmoe.validation import check_shape
+
+
+def plan(config: KTConfig, shape: MoEShape) -> Plan:
+    """Decides what runs.
+
+    `auto` takes the first backend of the table that can serve the shape on this host. A named one that this host
+    cannot run gives way to the torch backend; one that cannot take the shape is refused.
+
+    Raises:
+        KTError: a shape or rank that the named backend cannot take, or packed weights of another shape or making.
+    """
+    check_shape(shape)
+    chosen, reasons = _choose(config, shape)
+    row = TABLE[chosen]
+    tp = row.largest_tp(shape) if config.kt_tp_enabled else 1
+    if config.kt_weight_path and row.takes_packed:
+        PackedModel(config.kt_weight_path).check(shape, tp, kt.version())
+    threads = config.kt_num_threads or (usable_cores() if row.is_kernel else None)
+    return Plan(chosen, threads, tp, config.kt_max_len or 4096, config.kt_share_backward != "off", reasons)
+
+
+def _choose(config: KTConfig, shape: MoEShape) -> tuple[str, tuple[tuple[str, str], ...]]:
+    """A backend's name, and those that came before it with the reason against each."""
+    wanted = config.kt_backend
+    if wanted == "auto":
+        against: list[tuple[str, str]] = []
+        for name, row in TABLE.items():
+            why = row.why_not(shape)
+            if not why:
+                return name, tuple(against)
+            against.append((name, why))
+        raise KTError(f"kt_backend: auto found none: {'; '.join(f'{name}: {why}' for name, why in against)}")
+    if why := TABLE[wanted].refuse_shape(shape):
+        raise KTError(why)
+    if why := TABLE[wanted].refuse_host():
+        unused = "; kt_weight_path is of no use here" if config.kt_weight_path else ""
+        return "torch", ((wanted, why + unused),)
+    return wanted, ()
+
+
+def find_packed(plan: Plan, weights: ExpertWeights, config: KTConfig) -> PackedLayer | None:
+    """These weights in `kt_weight_path`, if it is given and the plan can load them from there.
+
+    Raises:
+        KTError: other weights were packed there.
+    """
+    if config.kt_weight_path is None or not TABLE[plan.backend].takes_packed:
+        return None
+    return PackedModel(config.kt_weight_path).find(weights)

@@ -1,0 +1,53 @@
+"""The house: what stands where, how large rooms may be, and that the map in docs/design.md shows each of them."""
+
+import re
+import statistics
+from pathlib import Path
+
+import pytest
+
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = {"ktmoe": ROOT / "ktmoe", "ktmoe_reference": ROOT / "reference" / "ktmoe_reference"}
+SOURCES = {
+    f"{name}/{path.relative_to(folder).as_posix()}": path
+    for name, folder in PACKAGES.items()
+    for path in sorted(folder.rglob("*.py"))
+}
+
+
+def drawn():
+    """`{path: line}` of the tree in docs/design.md."""
+    (tree,) = re.findall(r"```tree\n(.*?)```", (ROOT / "docs" / "design.md").read_text(encoding="utf-8"), re.DOTALL)
+    found, folders = {}, []
+    for line in tree.splitlines():
+        indent, name, about = re.fullmatch(r"( *)(\S+) *(.*)", line).groups()
+        del folders[len(indent) // 2 :]
+        if name.endswith("/"):
+            folders.append(name)
+        else:
+            assert name not in found
+            found["".join(folders) + name] = about
+    return found
+
+
+@pytest.mark.skipif(not (ROOT / "docs").is_dir(), reason="an sdist without docs")
+def test_every_file_has_a_line_and_every_line_a_file():
+    lines = drawn()
+    assert sorted(lines) == sorted(SOURCES)
+    assert [path for path, about in lines.items() if len(about.split()) < 3] == []
+
+
+def test_rooms_are_small():
+    sizes = {name: len(path.read_text(encoding="utf-8").splitlines()) for name, path in SOURCES.items()}
+    assert {name: size for name, size in sizes.items() if size > 350} == {}
+    assert statistics.median(sizes.values()) < 150
+
+
+def test_only_one_package_names_the_kernel():
+    named = [name for name, path in SOURCES.items() if "kt_kernel" in path.read_text(encoding="utf-8")]
+    assert [name for name in named if not name.startswith("ktmoe/backends/kt/")] == []
+
+
+def test_every_file_says_what_it_is():
+    assert [name for name, path in SOURCES.items() if not path.read_text(encoding="utf-8").startswith('"""')] == []
