@@ -131,7 +131,7 @@ def _for_one_step(training_args: Any, finetuning_args: Any, folder: str) -> Any:
 def _stop() -> Any:
     from transformers import TrainerCallback
 
-    class Stop(TrainerCallback):  # type: ignore[misc]
+    class Stop(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
             control.should_training_stop = True
             return control
