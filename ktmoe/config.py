@@ -15,6 +15,7 @@ from ktmoe.types import KTError
 
 
 SHARE_BACKWARD = ("auto", "on", "off")
+ACTIVATION = ("auto", "retain", "recompute")
 FALLBACK = ("error", "torch")
 VERIFY = ("quick", "full", "off")
 
@@ -57,8 +58,8 @@ class KTConfig:
     )
     kt_num_threads: int | None = _key(
         None,
-        "CPU threads of the routed experts. Default: the kernel takes the physical cores that the process may use, "
-        "the other backends as many as torch has.",
+        "CPU threads of the routed experts. Default: the kernel's are measured, up to the physical cores that the "
+        "process may use; the other backends take as many as torch has.",
     )
     kt_tp_enabled: bool = _key(
         False, "One pool of threads per NUMA node (at most 4), each holding a slice of every expert."
@@ -70,7 +71,13 @@ class KTConfig:
     kt_max_len: int | None = _key(None, "Tokens per kernel call; longer inputs run in chunks. Default: 4096.")
     kt_share_backward: str = _key(
         "auto",
-        "One repacked backward buffer for all layers (on, less memory) or a copy per layer (off, faster). auto: on.",
+        "One repacked backward buffer for all layers (on, less memory) or a copy per layer (off, faster). auto: a "
+        "copy where memory is there.",
+    )
+    kt_cpu_activation: str = _key(
+        "auto",
+        "Whether a layer keeps its experts' input and output, so that gradient checkpointing does not compute them "
+        "again: retain, recompute, or auto (keep while a tenth of the memory is free).",
     )
     kt_verify: str = _key(
         "quick",
@@ -86,6 +93,7 @@ class KTConfig:
         for name, choices in (
             ("kt_backend", (*TABLE, "auto")),
             ("kt_share_backward", SHARE_BACKWARD),
+            ("kt_cpu_activation", ACTIVATION),
             ("kt_verify", VERIFY),
             ("kt_fallback", FALLBACK),
         ):

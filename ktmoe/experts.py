@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from ktmoe.autograd import run_experts
 from ktmoe.backends import Plan, build, is_kernel
 from ktmoe.config import KTConfig
-from ktmoe.gate import ensure_verified, probe
+from ktmoe.gate import bf16_bytes, ensure_verified, probe, settle
 from ktmoe.interface import Backend
 from ktmoe.notices import say_once
 from ktmoe.planning import find_packed, plan
+from ktmoe.retained import RetainedForwards
 from ktmoe.types import PROJECTIONS, ExpertWeights, KTError, Lora, MoEShape
 from ktmoe.validation import check_call, check_lora, own_settings
 
@@ -68,17 +69,19 @@ class MoEExperts(nn.Module):
         self.weights, self.top_k, self.config = weights, top_k, config or KTConfig()
         self.r = r
         self.scaling = checked_scaling(r if lora_alpha is None else lora_alpha, r) if r else 1.0
-        self._backend: Backend | None = None
+        self._backend: RetainedForwards | None = None
         self.original: tuple[nn.Module, ...] = ()  # what it stands for in a model; no submodule
-        self.plan: Plan = plan(self.config, self.shape(max(r, 1)))
+        shape = self.shape(max(r, 1))
+        self.config = settle(self.config, shape, bf16_bytes(shape))
+        self.plan: Plan = plan(self.config, shape)
         # Read by peft for the device to put an adapter on, and by code that asks an experts module for its dtype.
         self.weight = torch.empty(0, dtype=weights.dtype, device="cpu")
         if r:
             self.lora_A = nn.ParameterDict()
             self.lora_B = nn.ParameterDict()
-            for name, shape in self.shape(r).lora_shapes().items():
+            for name, size in self.shape(r).lora_shapes().items():
                 projection, side = name.split(".")
-                getattr(self, side)[projection] = nn.Parameter(init_lora(shape, side))
+                getattr(self, side)[projection] = nn.Parameter(init_lora(size, side))
             self.load(r, self.scaling)
 
     @property
@@ -130,7 +133,7 @@ class MoEExperts(nn.Module):
                     self.plan = ensure_verified(self.plan, backend.shape, self.config)
                 if is_kernel(self.plan):
                     backend, self.plan = probe(backend, self.plan, self.weights, self.config)
-            self._backend = backend
+            self._backend = RetainedForwards(backend, self.config.kt_cpu_activation)
         elif outgrown:
             raise KTError(
                 f"r: got {rank}; this layer's experts were loaded for at most {self._backend.shape.rank}. Attach the "
@@ -164,7 +167,7 @@ class MoEExperts(nn.Module):
         check_call(hidden_states, top_k_index, top_k_weights, backend.shape)
         if lora is not None:
             check_lora(lora, backend.shape)
-        return run_experts(backend, hidden_states, top_k_index, top_k_weights, lora)
+        return run_experts(backend, hidden_states, top_k_index, top_k_weights, lora, self.training)
 
     def use_weights(self, weights: ExpertWeights) -> None:
         """Computes with other weights of the same sizes from now on; a backend that is loaded is loaded again.
@@ -175,7 +178,7 @@ class MoEExperts(nn.Module):
         before, self.weights = self.weights, weights
         if self._backend is None:
             return
-        rank, scaling = self._backend.shape.rank, getattr(self._backend, "scaling", 1.0)
+        rank, scaling = self._backend.shape.rank, self._backend.scaling
         self.close()
         try:
             self.load(rank, scaling)
@@ -188,6 +191,10 @@ class MoEExperts(nn.Module):
         if self._backend is not None:
             self._backend.close()
             self._backend = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickle and copies: without the backend, which is loaded again when it is first needed."""
+        return {**vars(self), "_backend": None}
 
     def _apply(self, fn: Any, recurse: bool = True) -> MoEExperts:
         """Stays on the CPU, since the experts do not fit elsewhere, and its LoRA stays an fp32 master."""

@@ -53,16 +53,21 @@ class Backend(ABC):
         shape: what it was built for.
         compute_dtype: the dtype that `Inputs.hidden_states` must have.
         reloaded: whether the weights are in an object that held another layer's before.
-        threads: torch's threads while it computes; None: as many as torch has.
         int8: for backends that compute in 8 bits, which are judged by that arithmetic; None for the others.
         distance: how far an 8-bit format is from the exact formula on this layer, as the load probe found it: of the
             output, [E], and perhaps of the input gradient. Empty if nobody looked.
+        bets: whether a training forward without grad should save all the same: the first pass of reentrant
+            checkpointing is one, and its recompute can then be answered without computing.
+        threads: torch's threads while it computes; None: as many as torch has.
     """
 
     name: str
     shape: MoEShape
     compute_dtype: torch.dtype
     reloaded: bool = False
+    int8: Int8 | None = None
+    distance: Sequence[Tensor] = ()
+    bets: bool = False
     threads: int | None = None
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
@@ -95,9 +100,6 @@ class Backend(ABC):
             finally:
                 torch.set_num_threads(before)
 
-    int8: Int8 | None = None
-    distance: Sequence[Tensor] = ()
-
     @abstractmethod
     def forward(self, inputs: Inputs, *, save: bool) -> tuple[Tensor, int]:
         """Computes the layer's output.
@@ -123,6 +125,13 @@ class Backend(ABC):
         Returns:
             Fresh tensors that belong to the caller.
         """
+
+    def holds(self, ticket: int) -> bool:
+        """Whether a backward with this ticket needs no forward run again, or would need it with any ticket.
+
+        A backend that keeps activations says whether those of `ticket` are still there, unspoiled.
+        """
+        return ticket == STATELESS
 
     def condemn(self) -> None:
         """Closes a backend that computed something wrong; nothing of it is used again."""

@@ -25,7 +25,7 @@ def plan(config: KTConfig, shape: MoEShape) -> Plan:
     tp = row.largest_tp(shape) if config.kt_tp_enabled else 1
     if config.kt_weight_path and row.takes_packed:
         PackedModel(config.kt_weight_path).check(shape, tp, kt.version())
-    threads = config.kt_num_threads or (usable_cores() if row.is_kernel else None)
+    threads = config.kt_num_threads or (max(1, usable_cores() - cores_to_leave()) if row.is_kernel else None)
     return Plan(chosen, threads, tp, config.kt_max_len or 4096, config.kt_share_backward != "off", reasons)
 
 
@@ -46,6 +46,13 @@ def _choose(config: KTConfig, shape: MoEShape) -> tuple[str, tuple[tuple[str, st
         unused = "; kt_weight_path is of no use here" if config.kt_weight_path else ""
         return "torch", ((wanted, why + unused),)
     return wanted, ()
+
+
+def cores_to_leave() -> int:
+    """Cores that the kernel's default leaves: one for its queue, whose thread spins while the others compute, and more
+    for the caller's own torch on large hosts.
+    """
+    return max(1, usable_cores() // 16)
 
 
 def find_packed(plan: Plan, weights: ExpertWeights, config: KTConfig) -> PackedLayer | None:

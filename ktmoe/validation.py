@@ -21,9 +21,10 @@ _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
 def own_settings() -> Iterator[None]:
     """Keeps the caller's default device, inference mode and autocast away from a backend.
 
-    The kernel takes pointers to host memory, and what it keeps is written again outside of inference mode.
+    The kernel takes pointers to host memory, and what it keeps is written again outside of inference mode. Leaving
+    inference mode switches grad on, also within an autograd Function: a backend would record what it computes.
     """
-    with torch.device("cpu"), torch.inference_mode(False), torch.autocast("cpu", enabled=False):
+    with torch.device("cpu"), torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
         yield
 
 

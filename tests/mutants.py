@@ -7,6 +7,7 @@ import dataclasses
 
 import torch
 
+from ktmoe.retained import RetainedForwards
 from ktmoe.types import ExpertWeights
 
 
@@ -159,6 +160,32 @@ GRADIENTS = {
 }
 
 
+# Around a sound backend: what answers from a forward that it kept, and does not look at everything.
+STALE = {
+    "a kept output answers other hidden states": "hidden_states",
+    "a kept output answers other experts": "top_k_index",
+    "a kept output answers other routing weights": "top_k_weights",
+    "a kept output answers other LoRA": "lora",
+    "a kept output answers another LoRA scale": "scaling",
+}
+
+
+class Stale(RetainedForwards):
+    """Answers from what was kept although one thing has changed."""
+
+    def __init__(self, backend, blind):
+        super().__init__(backend, "retain")
+        self.blind = blind
+
+    def _same(self, kept, inputs):
+        if self.blind in ("hidden_states", "top_k_index", "top_k_weights"):
+            return super()._same(dataclasses.replace(kept, **{self.blind: getattr(inputs, self.blind)}), inputs)
+        if self.blind == "scaling":
+            return super()._same(dataclasses.replace(kept, scaling=inputs.lora.scaling), inputs)
+        self._lora = list(inputs.lora)
+        return super()._same(kept, inputs)
+
+
 class Mutant:
     """A sound backend with one fault."""
 
@@ -170,6 +197,9 @@ class Mutant:
         inputs = self.inputs(inputs) if self.inputs else inputs
         out, ticket = self.backend.forward(inputs, save=save)
         return (self.output(out.clone()) if self.output else out), ticket
+
+    def holds(self, ticket):
+        return self.backend.holds(ticket)
 
     def backward(self, ticket, inputs, grad_output):
         inputs = self.inputs(inputs) if self.inputs else inputs
@@ -184,4 +214,5 @@ def mutants(case, make):
     found |= {n: Mutant(make(f(case.weights))) for n, f in WEIGHTS.items()}
     found |= {n: Mutant(sound, output=f) for n, f in OUTPUT.items()}
     found |= {n: Mutant(sound, gradients=f) for n, f in GRADIENTS.items()}
+    found |= {n: Stale(sound, blind) for n, blind in STALE.items()}
     return found

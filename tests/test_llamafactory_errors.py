@@ -358,11 +358,18 @@ def test_llamafactorys_own_entry_point_checks_too(llamafactory, monkeypatch):
 
 
 def test_targets(train):
-    assert refused(train, lora_target="q_proj,gate_proj").startswith("lora_target: got gate_proj,q_proj; LoRA on the")
-    assert refused(train, lora_target="c_attn").startswith("lora_target: got c_attn; Qwen3MoeForCausalLM has no such")
+    assert refused(train, lora_target="q_proj,gate_proj").startswith("lora_target: got [gate_proj, q_proj]; LoRA on t")
+    assert refused(train, lora_target="c_attn").startswith("lora_target: got [c_attn]; Qwen3MoeForCausalLM has no suc")
+    assert refused(train, lora_target="c_attn").endswith("all is a good start.")
+    assert refused(train, lora_target="q_proj,experts.0").startswith("lora_target: got [experts.0, q_proj]; LoRA on t")
+    assert "peft has no LoRA for Qwen3MoeRMSNorm" in refused(train, lora_target="q_proj,input_layernorm")
+    assert refused(train, lora_target="q_proj,gate", lora_dropout=0.1).startswith("lora_dropout: got 0.1; model.layer")
+    assert refused(train, lora_target="q_proj,experts", use_dora=True).startswith("use_dora: got True; the routed exp")
+    with pytest.raises(Loaded):
+        train(lora_target="q_proj,v_proj", use_dora=True)
     for target in ("experts", "mlp", "layers.0"):
         assert refused(train, additional_target=target).startswith(f"additional_target: got '{target}', which means ")
-    for fits in ("experts", "q_proj,experts", "gate_proj,up_proj,down_proj", "q_proj,v_proj"):
+    for fits in ("experts", "q_proj,experts", "gate_proj,up_proj,down_proj", "q_proj,v_proj", "q_proj,gate", "all"):
         with pytest.raises(Loaded):
             train(lora_target=fits, additional_target="lm_head,mlp.gate")
 

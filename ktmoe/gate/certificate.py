@@ -26,7 +26,7 @@ def subject(plan: Plan, shape: MoEShape) -> dict[str, Any]:
     """Everything that a certificate speaks of. Any difference asks for a new gate."""
     return {
         "shape": asdict(shape),
-        "plan": {k: v for k, v in asdict(plan).items() if k != "reasons"},
+        "plan": what_runs(plan),
         "extension": _extension_hash(),
         "variant": kt.variant(),
         "cpu": _cpu_model(),
@@ -36,21 +36,38 @@ def subject(plan: Plan, shape: MoEShape) -> dict[str, Any]:
     }
 
 
+def what_runs(plan: Plan) -> dict[str, Any]:
+    """A plan without the reasons for it."""
+    return {k: v for k, v in asdict(plan).items() if k != "reasons"}
+
+
 def exists(about: dict[str, Any]) -> bool:
     """Whether this machine has a certificate for exactly this, as it was written."""
+    return read(about) is not None
+
+
+def read(about: dict[str, Any], kind: str = "gate") -> dict[str, Any] | None:
+    """What was written about exactly this on this machine, or None.
+
+    Args:
+        about: the subject.
+        kind: the folder: gate for certificates, speed for measurements.
+    """
     try:
-        found = json.loads(_path(about).read_text())
+        found = json.loads(_path(about, kind).read_text())
     except (OSError, ValueError, RecursionError):
-        return False
+        return None
     if not isinstance(found, dict) or found.get("subject") != about:
-        return False
-    return hmac.compare_digest(str(found.pop("signature", "")), _signature(found))
+        return None
+    whole = hmac.compare_digest(str(found.pop("signature", "")), _signature(found))
+    return found if whole else None
 
 
-def write(about: dict[str, Any]) -> None:
-    """Atomically: a certificate is whole or absent. A read-only cache costs a gate per process, not a failure."""
-    path = _path(about)
-    content: dict[str, Any] = {"subject": about, "passed": datetime.now(timezone.utc).isoformat(timespec="seconds")}
+def write(about: dict[str, Any], kind: str = "gate", **results: Any) -> None:
+    """Atomically: a file is whole or absent. A read-only cache costs a check per process, not a failure."""
+    path = _path(about, kind)
+    when = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    content: dict[str, Any] = {"subject": about, "passed": when, **results}
     content["signature"] = _signature(content)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -61,8 +78,8 @@ def write(about: dict[str, Any]) -> None:
         say_once(f"ktmoe: the gate's certificate cannot be kept ({error}); the check runs again in the next process.")
 
 
-def _path(about: dict[str, Any]) -> Path:
-    folder = Path(os.environ.get("KTMOE_CACHE_DIR") or platformdirs.user_cache_dir("ktmoe")) / "gate"
+def _path(about: dict[str, Any], kind: str = "gate") -> Path:
+    folder = Path(os.environ.get("KTMOE_CACHE_DIR") or platformdirs.user_cache_dir("ktmoe")) / kind
     return folder / f"{hashlib.sha256(_canonical(about)).hexdigest()[:32]}.json"
 
 

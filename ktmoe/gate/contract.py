@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ktmoe.backends import Limits, TorchBackend
 from ktmoe.interface import Backend, Int8
-from ktmoe.types import ExpertWeights, Gradients, Lora, MoEShape
+from ktmoe.types import ExpertWeights, Gradients, Inputs, Lora, MoEShape
 from ktmoe.validation import make_inputs
 
 
@@ -132,11 +132,14 @@ def specification(
     return out.detach(), Gradients(grads[0], grads[1], list(grads[2:]))
 
 
+def _inputs(backend: Backend, case: Case) -> Inputs:
+    call = case.hidden_states, case.top_k_index, case.top_k_weights, case.lora
+    return make_inputs(*call, backend.shape, backend.compute_dtype)
+
+
 def answer(backend: Backend, case: Case) -> tuple[Tensor, Gradients]:
     """A backend's output and gradients for the same case."""
-    inputs = make_inputs(
-        case.hidden_states, case.top_k_index, case.top_k_weights, case.lora, backend.shape, backend.compute_dtype
-    )
+    inputs = _inputs(backend, case)
     out, ticket = backend.forward(inputs, save=True)
     return out, backend.backward(ticket, inputs, case.grad_output.to(backend.compute_dtype))
 
@@ -200,7 +203,8 @@ def judge(backend: Backend, case: Case, limits: Limits) -> list[str]:
     INT8 is compared with its own arithmetic, the others with the exact formula.
 
     Then once more with so few tokens that the kernel multiplies row by row instead of in blocks: its own choice for up
-    to 4 E / K tokens. Few numbers scatter, so the limits alone hold there, not the projection.
+    to 4 E / K tokens. Few numbers scatter, so the limits alone hold there, not the projection. Each of these calls
+    comes after one that differs in one thing: nothing that was kept of that one may answer it.
 
     The reference computes in fp32 here: its own error is a thousand times below any limit, and a user waits for it.
 
@@ -211,9 +215,26 @@ def judge(backend: Backend, case: Case, limits: Limits) -> list[str]:
     rows = measure(case, answer(backend, case), expected)
     found = violations(rows, limits, baseline(backend.name, case, expected))
     few = first_rows(case, max(1, 4 * case.shape.num_experts // case.shape.top_k))
-    rows = measure(few, answer(backend, few), specification(few, torch.float32, backend.int8))
+    expected = specification(few, torch.float32, backend.int8)
     loose = replace(limits, projection=float("inf"))
-    return found + [f"{p} ({len(few.hidden_states)} tokens)" for p in violations(rows, loose)]
+    for what, other in _nearly(few).items():
+        backend.forward(_inputs(backend, other), save=True)
+        problems = violations(measure(few, answer(backend, few), expected), loose)
+        found += [f"{p} ({len(few.hidden_states)} tokens, after a call with other {what})" for p in problems]
+    return found
+
+
+def _nearly(case: Case) -> dict[str, Case]:
+    """The same call but for one thing, by that thing's name."""
+    index, lora = case.top_k_index, case.lora
+    tensors = {name: t * 2 if name.endswith("lora_B") else t for name, t in lora.tensors.items()}
+    return {
+        "hidden states": replace(case, hidden_states=case.hidden_states.neg()),
+        "experts": replace(case, top_k_index=torch.where(index < 0, -1, (index + 1) % case.shape.num_experts)),
+        "routing weights": replace(case, top_k_weights=case.top_k_weights * 2),
+        "LoRA": replace(case, lora=replace(lora, tensors=tensors)),
+        "LoRA scale": replace(case, lora=replace(lora, scaling=2 * lora.scaling)),
+    }
 
 
 def first_rows(case: Case, tokens: int) -> Case:

@@ -24,6 +24,7 @@ from ktmoe.gate import certificate, contract
 from ktmoe.gate.load_probe import Depth, probe_problems
 from ktmoe.interface import Backend
 from ktmoe.notices import say_once
+from ktmoe.retained import RetainedForwards
 from ktmoe.types import ExpertWeights, KernelError, KTError, MoEShape
 
 
@@ -124,7 +125,7 @@ def run_contract(about: dict[str, Any], level: str) -> list[str]:
         return ["the checking process has another ktmoe, kernel or CPU than this one"]
     for seed in range(LEVELS[level].seeds):
         case = contract.draw_case(shape, case_tokens(level, shape), seed)
-        backend = build(plan, case.weights, shape, case.lora.scaling)
+        backend = RetainedForwards(build(plan, case.weights, shape, case.lora.scaling), "retain")
         problems = contract.judge(backend, case, TABLE[plan.backend].required)
         backend.close()
         if problems:

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import os
 import re
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
+from ktmoe.adapters import EXPERTS_FILE
 from ktmoe.checkpoints import refuse_quantised
 from ktmoe.llamafactory.arguments import kt_config
 from ktmoe.types import KTError
 
 
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
 _EXPERT_LORA = re.compile(r"\.experts\..*lora_")
 
 _MODES = {"USE_RAY": "Ray", "USE_MCA": "the Megatron backend", "USE_V1": "LLaMA-Factory's v1 trainer"}
+# A LoraConfig's options by LLaMA-Factory's keys.
+_KEYS = {"target_modules": "lora_target", "modules_to_save": "additional_target", "'all-linear'": "all"}
 _SHARDING = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed"}
 
 
@@ -44,17 +51,12 @@ def check_loading(model_args: Any, finetuning_args: Any) -> None:
     Raises:
         KTError: before a weight is read.
     """
-    model_config = check_inference(model_args, finetuning_args)
-    if not model_args.adapter_name_or_path:
-        _check_targets(model_config, finetuning_args)
+    check_inference(model_args, finetuning_args, None if model_args.adapter_name_or_path else _lora(finetuning_args))
     _check_reference(model_args, finetuning_args)
 
 
-def check_inference(model_args: Any, finetuning_args: Any) -> Any:
-    """What `check_loading` does for a model that is not trained.
-
-    Returns:
-        The model's configuration.
+def check_inference(model_args: Any, finetuning_args: Any, lora: LoraConfig | None = None) -> None:
+    """What `check_loading` does for a model that is not trained; with `lora`, for one that gets this adapter.
 
     Raises:
         KTError: as `check_loading`.
@@ -66,8 +68,8 @@ def check_inference(model_args: Any, finetuning_args: Any) -> Any:
         kind = type(model_config).__name__
         raise KTError(f"model_name_or_path: {kind} is multimodal; only text models are built so far.")
     refuse_quantised(f"model_name_or_path: {model_args.model_name_or_path}", model_config)
-    check_model(model_config, kt_config(model_args), largest_rank(model_args, finetuning_args))
-    return model_config
+    with _in_its_words():
+        check_model(model_config, kt_config(model_args), largest_rank(model_args, finetuning_args), lora)
 
 
 def _check_reference(model_args: Any, finetuning_args: Any) -> None:
@@ -133,52 +135,47 @@ def check_experts_loaded(peft_model: Any, path: str, hub: Mapping[str, Any]) -> 
     from transformers.utils import cached_file
 
     options = {k: v for k, v in hub.items() if k in ("subfolder", "revision", "cache_dir", "token") and v is not None}
-    file = cached_file(path, "adapter_model.safetensors", _raise_exceptions_for_missing_entries=False, **options)
+    options["_raise_exceptions_for_missing_entries"] = False
+    file = cached_file(path, "adapter_model.safetensors", **options)
     if file is None:  # a .bin file: nobody's that has expert LoRA
         return
     with safe_open(file, "pt") as opened:
         saved = any(_EXPERT_LORA.search(key) for key in opened.keys())
-    if saved and not any(".experts." in name and ".lora_" in name for name, _ in peft_model.named_parameters()):
+    if (saved or cached_file(path, EXPERTS_FILE, **options)) and not any(
+        ".experts." in name and ".lora_" in name for name, _ in peft_model.named_parameters()
+    ):
         raise KTError(
             f"adapter_name_or_path: {path} has LoRA on routed experts, which the installed peft {peft.__version__} "
             f"leaves out without a word for {type(peft_model.get_base_model()).__name__}. Write use_kt: true."
         )
 
 
-def _check_targets(model_config: Any, finetuning_args: Any) -> None:
-    """Refuses module names that peft would refuse after the model is loaded, or take for what they are not."""
-    import torch
-    from transformers import AutoModelForCausalLM
+def _lora(finetuning_args: Any) -> LoraConfig:
+    """The adapter that LLaMA-Factory will ask for."""
+    from peft import LoraConfig
 
-    from ktmoe.adapters import checkpoint_layout
-    from ktmoe.models import unwrapped_layers
+    targets = finetuning_args.lora_target
+    return LoraConfig(
+        r=finetuning_args.lora_rank,
+        lora_alpha=finetuning_args.lora_alpha,
+        lora_dropout=finetuning_args.lora_dropout,
+        target_modules="all-linear" if targets == ["all"] else list(targets),
+        modules_to_save=finetuning_args.additional_target,
+        use_rslora=finetuning_args.use_rslora,
+        use_dora=finetuning_args.use_dora,
+    )
 
-    with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(model_config)
-    names = [name for name, _ in skeleton.named_modules() if name]
-    around = {".".join(e.split(".")[:n]) for e in unwrapped_layers(skeleton) for n in range(1, e.count(".") + 2)}
-    for target in finetuning_args.additional_target or ():  # peft compares with endswith
-        hit = next((name for name in sorted(around) if name.endswith(target)), None)
-        if hit:
-            raise KTError(
-                f"additional_target: got {target!r}, which means {hit} and the routed experts in it; expected "
-                "modules outside of them, which can be trained in full. Experts get LoRA by lora_target."
-            )
-    targets = set(finetuning_args.lora_target)
-    if targets == {"all"}:
-        return
-    projections = set(checkpoint_layout(model_config.model_type).projections.values())
-    named = targets & projections
-    if named and named != projections and "experts" not in targets:
-        raise KTError(
-            f"lora_target: got {','.join(sorted(targets))}; LoRA on the routed experts covers "
-            f"{', '.join(sorted(projections))} together. Name all three, or experts, or none of them."
-        )
-    if not any(name == t or name.endswith(f".{t}") for name in names for t in targets - projections) and not named:
-        raise KTError(
-            f"lora_target: got {','.join(sorted(targets))}; {type(skeleton).__name__} has no such module. "
-            "all is a good start."
-        )
+
+@contextlib.contextmanager
+def _in_its_words() -> Iterator[None]:
+    """What is wrong with a LoraConfig, said of LLaMA-Factory's keys."""
+    try:
+        yield
+    except KTError as error:
+        said = str(error)
+        for name, key in _KEYS.items():
+            said = said.replace(name, key)
+        raise KTError(said) from error
 
 
 def load_config(model_args: Any) -> Any:

@@ -51,7 +51,6 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str, str]] = {
     "stage": (_one_of("sft", "dpo", "kto", "pt"), "sft, dpo, kto or pt", _NO_VALUE_HEAD),
     "lora_rank": (_whole, "a whole number of at least 1", "8 is a good start"),
     "lora_alpha": (_number, "a number above 0", "leave it out for twice lora_rank"),
-    "use_dora": (_off, "false", "the experts have plain LoRA only; LLaMA-Factory would ignore it"),
     "pissa_init": (_off, "false", "the experts have plain LoRA only; LLaMA-Factory would ignore it"),
     "pissa_convert": (_off, "false", "the experts have plain LoRA only"),
     "adapter_name_or_path": (_one_adapter, "one adapter", "merge the others into the checkpoint first"),

@@ -13,16 +13,25 @@ import transformers
 from torch import nn
 from tqdm.auto import tqdm
 
-from ktmoe.adapters import LoraExperts, check_lora_config, get_peft_model
+from ktmoe.adapters import (
+    LoraExperts,
+    all_or_nothing,
+    check_lora_config,
+    get_peft_model,
+    refuse_expert_adapter,
+    unwatch,
+    watch,
+)
 from ktmoe.backends import TABLE, is_kernel
 from ktmoe.checkpoints import Checkpoint
 from ktmoe.config import KTConfig
 from ktmoe.experts import MoEExperts
-from ktmoe.gate import distance
+from ktmoe.gate import bf16_bytes, distance, settle
 from ktmoe.models.families import Layer, expert_modules, find, names_on_disk, put_back
 from ktmoe.notices import say_once
 from ktmoe.planning import plan
 from ktmoe.processes import check_one_process
+from ktmoe.retained import bytes_per_token
 from ktmoe.types import ExpertWeights, KTError, MoEShape
 
 
@@ -44,7 +53,7 @@ def attach(
 
     Args:
         model: one whose experts are plain (gated by silu, no bias, applied after the router): any such model of
-            transformers 5, and the families of transformers 4 in `ktmoe.families`.
+            transformers 5, and the families of transformers 4 in `ktmoe.models.families`.
         config: which backend, threads, limits.
         lora: if given, the adapter is added too, on the experts and on the rest.
         r: the largest LoRA rank that adapters will have, where `lora` does not say it. With neither, the experts are
@@ -68,16 +77,15 @@ def attach(
     """
     check_one_process()
     config = config or KTConfig()
-    rank = lora.r if lora is not None else r
-    if lora is not None:
-        check_lora_config(lora)
     replaced: dict[str, MoEExperts] = {}
     found = find(model)
+    rank = r if lora is None else _check_lora(lora, model, found)
     try:
         tensors = {name: layer.host_tensors() for name, layer in found.items()}
         weights = {name: layer.weights(tensors[name]) for name, layer in found.items()}
         if checkpoint is not None:
             weights = _on_disk(model, found, checkpoint)
+        config = _settle(config, found, weights, rank or 1)
         for name, layer in found.items():
             if checkpoint is None and any(t.is_meta for t in tensors[name].values()):
                 raise KTError(
@@ -91,27 +99,33 @@ def attach(
         for experts in replaced.values():
             experts.close()
         raise
-    for name, experts in replaced.items():
-        layer = found[name]
-        if checkpoint is None:
-            for parameter, tensor in tensors[name].items():
-                parameter.data = tensor  # a copy that was on a GPU is freed
-            experts.original = layer.modules
-        experts.train(layer.modules[0].training)
-        layer.put(experts)
-        _mend(layer.block, experts)
-    _refuse_saving(model)
-    if lora is None:
-        return model
     try:
-        return get_peft_model(model, lora)
+        with all_or_nothing(model):
+            for name, experts in replaced.items():
+                layer = found[name]
+                if checkpoint is None:
+                    for parameter, tensor in tensors[name].items():
+                        parameter.data = tensor  # a copy that was on a GPU is freed
+                    experts.original = layer.modules
+                experts.train(layer.modules[0].training)
+                layer.put(experts)
+                _mend(layer.block, experts)
+            _refuse_saving(model)
+            watch(model)
+            return model if lora is None else get_peft_model(model, lora)
     except BaseException:
-        for name, experts in replaced.items():
-            experts.original = found[name].modules
-            put_back(model, name, experts)
+        for experts in replaced.values():
             experts.close()
-        _allow_saving(model)
         raise
+
+
+def _settle(config: KTConfig, found: dict[str, Layer], weights: dict[str, ExpertWeights], rank: int) -> KTConfig:
+    """Decides what is `auto`, once for all layers: by the largest of them."""
+    shapes = [
+        MoEShape(w.num_experts, w.hidden_size, w.intermediate_size, found[name].top_k, rank)
+        for name, w in weights.items()
+    ]
+    return settle(config, max(shapes, key=bf16_bytes), sum(map(bf16_bytes, shapes)))
 
 
 def _load(layers: dict[str, MoEExperts], rank: int, streamed: bool) -> None:
@@ -160,27 +174,44 @@ def detach(model: nn.Module) -> nn.Module:
             "detach: this model's routed experts were streamed from disk and are nowhere in memory. Load the model "
             "with transformers instead."
         )
-    for name, experts in layers.items():
-        put_back(model, name, experts)
-        experts.close()
-    _allow_saving(model)
+    with all_or_nothing(model):
+        for name, experts in layers.items():
+            put_back(model, name, experts)
+            experts.close()  # loaded again when it is needed, should the rest fail
+        _allow_saving(model)
+        unwatch(model)
     return model
 
 
-def check_model(model_config: Any, config: KTConfig, r: int, *, trust_remote_code: bool = False) -> None:
-    """Refuses, from the configuration alone, a model that `attach` would refuse. Nothing is loaded.
+def check_model(
+    model_config: Any, config: KTConfig, r: int, lora: LoraConfig | None = None, *, trust_remote_code: bool = False
+) -> None:
+    """Refuses, from the configuration alone, a model or an adapter that `attach` would refuse. Nothing is loaded.
 
     Args:
         model_config: a transformers configuration.
         config: which backend.
-        r: LoRA rank.
+        r: LoRA rank, where `lora` does not say it.
+        lora: the adapter to come.
         trust_remote_code: whether the model's own code may be run.
 
     Raises:
         KTError: as `attach`.
     """
-    for shape in expert_shapes(model_config, r, trust_remote_code=trust_remote_code):
+    model = skeleton(model_config, trust_remote_code)
+    found = find(model)
+    for shape in _shapes(found, r if lora is None else _check_lora(lora, model, found)):
         plan(config, shape)
+
+
+def _check_lora(lora: LoraConfig, model: nn.Module, found: Mapping[str, Layer]) -> int:
+    """Refuses an adapter that the model cannot have.
+
+    Returns:
+        The largest rank that it gives the experts.
+    """
+    experts = {name: layer.num_experts for name, layer in found.items()}
+    return check_lora_config(lora, model, experts, [h for holders in expert_modules(model).values() for h in holders])
 
 
 def auto_class(model_config: Any) -> Any:
@@ -197,10 +228,13 @@ def expert_shapes(model_config: Any, r: int, *, trust_remote_code: bool = False)
         KTError: no MoE layer, experts that are not plain, remote code that does not run here, or a rank that is no
             whole number above zero.
     """
+    return _shapes(find(skeleton(model_config, trust_remote_code)), r)
+
+
+def _shapes(found: Mapping[str, Layer], r: int) -> list[MoEShape]:
     if isinstance(r, bool) or not isinstance(r, int) or r < 1:
         raise KTError(f"lora_rank: got {r!r}; expected a whole number of at least 1.")
-    model = skeleton(model_config, trust_remote_code)
-    return list(dict.fromkeys(replace(layer.shape(), rank=r) for layer in find(model).values()))
+    return list(dict.fromkeys(replace(layer.shape(), rank=r) for layer in found.values()))
 
 
 def experts_in(model: nn.Module, checkpoint: Checkpoint) -> dict[str, ExpertWeights]:
@@ -270,7 +304,9 @@ def summary(model: nn.Module) -> list[str]:
     if is_kernel(first.plan):
         checked = "NOT verified (kt_verify: off)" if first.config.kt_verify == "off" else "verified on this machine"
         pools = f", {first.plan.tp} NUMA pools" if first.plan.tp > 1 else ""
-        where += f", {first.plan.threads} threads{pools}, {checked}"
+        threads = f"{first.plan.threads} thread{'s' if first.plan.threads != 1 else ''}{pools}"
+        copies = "shared by all layers" if first.plan.share_backward else "of each layer's own"
+        where += f", {threads}, backward weights {copies}, {checked}"
     fallen = [m for m in layers if m.plan.backend != first.plan.backend]
     others_too = f"; {len(fallen)} layers on {fallen[0].plan.backend}" if fallen else ""
     size = sum(m.weights.nbytes() for m in layers) / 1e9
@@ -284,23 +320,47 @@ def summary(model: nn.Module) -> list[str]:
         f"ktmoe: {len(layers)} MoE layers x {first.num_experts} experts, {size:.3g} GB of {first.weights.dtype} "
         f"weights in host memory; everything else on {', '.join(sorted(rest)) or 'cpu'}",
         f"ktmoe: trainable parameters: {of_experts:,} in expert LoRA, {others:,} elsewhere",
+        _activation(layers, 4 * of_experts),
     ]
 
 
+def _activation(layers: list[MoEExperts], lora_bytes: int) -> str:
+    """What is kept for gradient checkpointing, and how much memory it takes."""
+    mode = layers[0].config.kt_cpu_activation
+    if mode == "recompute":
+        return "ktmoe: kt_cpu_activation: recompute: gradient checkpointing runs the experts' forward twice"
+    dtype = torch.float32 if layers[0].plan.backend == "reference" else torch.bfloat16
+    per_token = sum(bytes_per_token(m.shape(1), dtype) for m in layers) / 1e3
+    limit = "" if mode == "retain" else " while a tenth of the memory is free"
+    return (
+        f"ktmoe: kt_cpu_activation: {mode}: gradient checkpointing does not run the experts' forward twice{limit}: "
+        f"their inputs and outputs are kept ({per_token:,.0f} kB for each token of a batch, all layers together), and "
+        f"a copy of their LoRA ({lora_bytes / 1e6:,.0f} MB)"
+    )
+
+
 _SAVING = ("save_pretrained", "push_to_hub")
+_LOADING = "load_adapter"
 
 
 def _refuse_saving(model: nn.Module) -> None:
-    """Has the model refuse to write itself, and every model inside that has routed experts: they would be left out."""
+    """Has the model refuse what would leave its routed experts out: to write itself, or to load an adapter of theirs.
+
+    Every model inside that has routed experts does the same.
+    """
     for module in model.modules():
+        if not moe_layers(module):
+            continue
         for method in _SAVING:
-            if hasattr(module, method) and moe_layers(module):
+            if hasattr(module, method):
                 setattr(module, method, functools.partial(_refuse_save, f"{type(module).__name__}.{method}"))
+        if load := getattr(type(module), _LOADING, None):
+            setattr(module, _LOADING, functools.partial(refuse_expert_adapter, module, load))
 
 
 def _allow_saving(model: nn.Module) -> None:
     for module in model.modules():
-        for method in _SAVING:
+        for method in (*_SAVING, _LOADING):
             vars(module).pop(method, None)
 
 

@@ -80,7 +80,7 @@ def load_model(
     hub = {k: v for k, v in from_pretrained.items() if k in HUB}
     refuse_quantised(path, model_config)
     fp8 = forget_fp8(model_config)
-    check_model(model_config, kt_config, lora.r if lora is not None else r or 1, trust_remote_code=trust)
+    check_model(model_config, kt_config, r or 1, lora, trust_remote_code=trust)
     checkpoint = Checkpoint(
         path,
         transformers_weights=getattr(model_config, "transformers_weights", None),

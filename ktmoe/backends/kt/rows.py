@@ -11,6 +11,9 @@ from ktmoe.cores import numa_nodes, usable_cores
 from ktmoe.types import ExpertWeights, KTError, MoEShape
 
 
+_TORCH_THREADS = 8  # beside the kernel's, at most: they copy, which memory bounds
+
+
 def _build(
     plan: Plan, weights: ExpertWeights, shape: MoEShape, scaling: float, packed: PackedLayer | None
 ) -> kernel.KernelBackend:
@@ -24,6 +27,7 @@ def _build(
         max_len=plan.max_len,
         share_backward=plan.share_backward,
         packed=packed,
+        torch_threads=max(1, min(usable_cores() - (plan.threads or usable_cores()), _TORCH_THREADS)),
     )
 
 

@@ -1,0 +1,114 @@
+"""What `auto` means on this host: kernel or torch, with how many threads, and which backward buffers.
+
+Measured once for each shape of layers, in a few seconds, and kept beside the gate's certificates.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import asdict, replace
+
+from ktmoe import memory
+from ktmoe.backends import KERNEL_BACKENDS, Plan, is_kernel
+from ktmoe.config import KTConfig
+from ktmoe.cores import usable_cores
+from ktmoe.gate import certificate
+from ktmoe.notices import say_once
+from ktmoe.planning import cores_to_leave, plan
+from ktmoe.types import KTError, MoEShape
+
+
+_COMFORTABLE = 0.6  # of the free memory: what both copies of all weights may take
+_WORTH_IT = 16 * 2**20  # bytes of a layer's experts; smaller ones are not measured
+_TIMEOUT = 120  # seconds; measuring takes three to ten
+
+
+def settle(config: KTConfig, shape: MoEShape, size: int) -> KTConfig:
+    """The configuration with `kt_backend: auto`, `kt_num_threads` and `kt_share_backward: auto` decided, and said.
+
+    Whatever the user gave stays. A layer that the kernel cannot take is left to `plan`, which says why.
+
+    Args:
+        config: as the user wrote it.
+        shape: of the model's layers, or of most of them.
+        size: bytes of all routed experts in bf16.
+    """
+    if not _kernel_can(config, shape):
+        return config
+    if config.kt_share_backward == "auto":
+        config = replace(config, kt_share_backward=_share(config, size))
+    candidates = _candidates(config, shape)
+    if len(candidates) < 2 or bf16_bytes(shape) < _WORTH_IT:
+        return config
+    times = _measured(shape, candidates)
+    best = plan(config, shape)
+    if times is not None:
+        best = candidates[times.index(min(times))]
+        shown = "; ".join(f"{_name(p)}: {1e3 * t:.3g} ms" for p, t in zip(candidates, times, strict=True))
+        say_once(f"ktmoe: {_name(best)} is the fastest on this machine for experts of these sizes ({shown}).")
+    return replace(config, kt_backend=best.backend, kt_num_threads=best.threads if is_kernel(best) else None)
+
+
+def bf16_bytes(shape: MoEShape) -> int:
+    """Bytes of one layer's experts in bf16."""
+    return 6 * shape.num_experts * shape.hidden_size * shape.intermediate_size
+
+
+def _kernel_can(config: KTConfig, shape: MoEShape) -> bool:
+    wanted = "AMXBF16" if config.kt_backend == "auto" else config.kt_backend
+    try:
+        return wanted in KERNEL_BACKENDS and is_kernel(plan(replace(config, kt_backend=wanted), shape))
+    except KTError:
+        return False
+
+
+def _share(config: KTConfig, size: int) -> str:
+    """A backward copy for each layer costs as much again as the forward's, and saves repacking at every backward.
+
+    INT8 shares: its objects with a copy of their own cannot be reloaded (K22).
+    """
+    fits = config.kt_backend != "AMXInt8" and 2 * size < _COMFORTABLE * memory.available()
+    return "off" if fits else "on"
+
+
+def _candidates(config: KTConfig, shape: MoEShape) -> list[Plan]:
+    """Plans to compare. A kernel thread waits by spinning, and so does the queue's own: often one less is more."""
+    kinds = ["AMXBF16", "torch"] if config.kt_backend == "auto" else [config.kt_backend]
+    cores = usable_cores()
+    counts = sorted({n for n in (cores, cores - cores_to_leave(), cores // 2, cores // 4, 1) if n > 0}, reverse=True)
+    found = []
+    for kind in kinds:
+        one = plan(replace(config, kt_backend=kind), shape)
+        if kind == "torch" or config.kt_num_threads:
+            found.append(one)
+        else:
+            found += [replace(one, threads=n) for n in counts]
+    return found
+
+
+def _name(plan: Plan) -> str:
+    if not is_kernel(plan):
+        return plan.backend
+    return f"{plan.backend} with {plan.threads} thread{'s' if plan.threads != 1 else ''}"
+
+
+def _measured(shape: MoEShape, plans: list[Plan]) -> list[float] | None:
+    """Seconds of each plan, from an earlier start or measured now; None, and said, if that fails."""
+    about = certificate.subject(plans[0], shape) | {
+        "plans": [{k: v for k, v in asdict(p).items() if k != "reasons"} for p in plans]
+    }
+    kept = certificate.read(about, "speed")
+    if kept is not None:
+        return [float(t) for t in kept["seconds"]]
+    command = [sys.executable, "-m", "ktmoe.gate.measuring", json.dumps(asdict(shape)), json.dumps(about["plans"])]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT, check=True)
+        seconds = [float(t) for t in json.loads(done.stdout.strip().splitlines()[-1])]
+    except (subprocess.SubprocessError, ValueError, IndexError, TypeError) as error:
+        tail = str(getattr(error, "stderr", None) or error).strip().splitlines()[-1:]
+        say_once(f"ktmoe: how fast the backends are here could not be measured ({''.join(tail)}).")
+        return None
+    certificate.write(about, "speed", seconds=seconds)
+    return seconds

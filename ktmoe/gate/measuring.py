@@ -1,0 +1,77 @@
+"""`python -m ktmoe.gate.measuring SHAPE PLANS`: how long each of some plans takes here, in a process of its own.
+
+The kernel keeps the weights of every object that it ever made, and its threads: neither is left to the training.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+
+import torch
+
+from ktmoe.backends import Plan, build
+from ktmoe.gate import contract
+from ktmoe.interface import Backend
+from ktmoe.types import Lora, MoEShape
+from ktmoe.validation import make_inputs
+
+
+_TOKENS = 512  # of the whole layer; a part of the experts gets its part of them
+_WEIGHTS = 96 * 2**20  # bytes of bf16 weights that suffice
+_REPEATS = 3
+_SECONDS = 3.0  # after which no further repetition begins
+_REST = 0.12  # seconds; the kernel's threads spin on for 50 ms after a task
+
+
+def part_of(shape: MoEShape) -> tuple[MoEShape, int]:
+    """Fewer experts with as many rows each as 512 tokens give them, and the tokens for that."""
+    each = 3 * shape.hidden_size * shape.intermediate_size * 2
+    experts = min(shape.num_experts, max(shape.top_k, _WEIGHTS // each, 2))
+    part = MoEShape(experts, shape.hidden_size, shape.intermediate_size, shape.top_k, shape.rank)
+    return part, max(1, _TOKENS * experts // shape.num_experts)
+
+
+def measure(shape: MoEShape, plans: Sequence[Plan]) -> list[float]:
+    """Seconds of a training forward and backward under each plan: medians over other routings, taken in turns.
+
+    Args:
+        shape: of the layer that is to be trained.
+        plans: to compare.
+    """
+    part, tokens = part_of(shape)
+    case = contract.draw_case(part, 1, seed=0)
+    backends = [build(p, case.weights, part, case.lora.scaling) for p in plans]
+    times: list[list[float]] = [[] for _ in backends]
+    g = torch.Generator().manual_seed(0)
+    began = time.perf_counter()
+    for repeat in range(1 + _REPEATS):  # the first one allocates
+        if repeat > 1 and time.perf_counter() - began > _SECONDS:
+            break
+        order = list(zip(backends, times, strict=True))
+        for backend, found in order if repeat % 2 else order[::-1]:
+            time.sleep(_REST)
+            seconds = _once(backend, tokens, case.lora, g)
+            if repeat:
+                found.append(seconds)
+    return [statistics.median(found) for found in times]
+
+
+def _once(backend: Backend, tokens: int, lora: Lora, g: torch.Generator) -> float:
+    shape = backend.shape
+    x = torch.randn(tokens, shape.hidden_size, generator=g)
+    index = torch.rand(tokens, shape.num_experts, generator=g).argsort(-1)[:, : shape.top_k]
+    weights = torch.rand(tokens, shape.top_k, generator=g)
+    inputs = make_inputs(x, index, weights, lora, shape, backend.compute_dtype)
+    start = time.perf_counter()
+    with backend.working():
+        _, ticket = backend.forward(inputs, save=True)
+        backend.backward(ticket, inputs, inputs.hidden_states)
+    return time.perf_counter() - start
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure(MoEShape(**json.loads(sys.argv[1])), [Plan(**p) for p in json.loads(sys.argv[2])])))
