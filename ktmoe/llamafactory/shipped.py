@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 
-DATA = Path(__file__).with_name("data")
+DATA = Path(__file__).with_name("own_data")
 # In a wheel they are beside this file; an editable installation has them where they are written.
 _EXAMPLES = (Path(__file__).with_name("examples"), Path(__file__).parents[2] / "examples")
 
