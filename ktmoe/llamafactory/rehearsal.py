@@ -11,7 +11,7 @@ import os
 import tempfile
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -61,28 +61,32 @@ def rehearse(training_args: Any, finetuning_args: Any, data_args: Any) -> None:
 
 
 def check_output_dir(output_dir: str) -> None:
-    """Refuses a folder that cannot be made or written to. It is not made.
+    """Refuses a folder that cannot be made or written to. What was not there is not there afterwards.
 
     Raises:
-        KTError: names what is in the way.
+        KTError: names the folder.
     """
     path = Path(output_dir).absolute()
+    made = [folder for folder in (path, *path.parents) if not os.path.lexists(folder)]
     try:
-        here = next(folder for folder in (path, *path.parents) if os.path.lexists(folder))
-        with tempfile.TemporaryDirectory(dir=here):
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path):
             pass
     except OSError as error:
         raise KTError(
-            f"output_dir: got {output_dir!r}; expected a folder that can be made and written to: "
-            f"{error.strerror or error} ({here if 'here' in locals() else path})."
+            f"output_dir: got {output_dir!r}; expected a folder that can be made and written to: {error.strerror}."
         ) from error
+    finally:
+        for folder in made:
+            with suppress(OSError):  # it was not made, or somebody else uses it by now
+                folder.rmdir()
 
 
 def _train(training_args: Any, finetuning_args: Any, data_args: Any, folder: str) -> None:
     from transformers import EarlyStoppingCallback, LlamaConfig, LlamaForCausalLM, PrinterCallback, Trainer
 
     with _named("optim", training_args.optim, "adamw_torch is the default"):
-        Trainer.get_optimizer_cls_and_kwargs(training_args)
+        Trainer.get_optimizer_cls_and_kwargs(training_args)  # first: it says which package is missing
     patience = finetuning_args.early_stopping_steps
     if patience is not None:
         with _named("early_stopping_steps", patience, f"Write {_EVALUATE}, or leave it out"):
@@ -104,10 +108,12 @@ def _train(training_args: Any, finetuning_args: Any, data_args: Any, folder: str
         trainer.get_train_dataloader()  # with its workers, which are not started
         args.dataloader_num_workers, args.dataloader_prefetch_factor = 0, None
         args.dataloader_persistent_workers = False
+        args.save_strategy, args.load_best_model_at_end = "no", False
+    with _named("optim", training_args.optim, "Change what it names"):
+        trainer.create_optimizer()
     kwargs = training_args.lr_scheduler_kwargs
     remedy = "Write lr_scheduler_kwargs: {name: value, ...} as it needs them, or another lr_scheduler_type"
     with _named("lr_scheduler_type", f"{shown(training_args.lr_scheduler_type)}, {shown(kwargs)}", remedy):
-        trainer.create_optimizer()
         trainer.create_scheduler(args.max_steps, trainer.optimizer)
     with _named("training arguments", "what follows", "Change what it names"):
         trainer.train()
@@ -116,7 +122,6 @@ def _train(training_args: Any, finetuning_args: Any, data_args: Any, folder: str
 def _for_one_step(training_args: Any, finetuning_args: Any, folder: str) -> Any:
     args = copy.copy(training_args)
     args.output_dir, args.report_to, args.push_to_hub = folder, [], False
-    args.save_strategy, args.load_best_model_at_end = "no", False
     args.max_steps = args.max_steps if args.max_steps > 0 else _MANY
     args.disable_tqdm, args.log_level = True, "error"
     args.dataloader_drop_last = args.auto_find_batch_size = args.torch_compile = False
