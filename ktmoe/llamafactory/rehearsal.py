@@ -91,7 +91,7 @@ def _train(training_args: Any, finetuning_args: Any, data_args: Any, folder: str
     if patience is not None:
         with _named("early_stopping_steps", patience, f"Write {_EVALUATE}, or leave it out"):
             EarlyStoppingCallback(patience).on_train_begin(training_args, None, None)
-    args = _for_one_step(training_args, finetuning_args, folder)
+    args = _for_one_step(training_args, folder)
     rows = [{"input_ids": [1, 2, 3, 4], "attention_mask": [1] * 4, "labels": [1, 2, 3, 4]}] * 2
     evaluated: Any = rows if data_args.eval_dataset or data_args.val_size else None
     if data_args.eval_dataset and data_args.eval_on_each_dataset:
@@ -102,24 +102,26 @@ def _train(training_args: Any, finetuning_args: Any, data_args: Any, folder: str
             num_key_value_heads=1,
         )
     )  # fmt: skip
-    with _named("training arguments", "what follows", "Change what it names"):
+    with _named("", None, "Change what it names"):
         trainer = Trainer(model, args, train_dataset=rows, eval_dataset=evaluated, callbacks=[_stop()])
         trainer.remove_callback(PrinterCallback)
         trainer.get_train_dataloader()  # with its workers, which are not started
         args.dataloader_num_workers, args.dataloader_prefetch_factor = 0, None
         args.dataloader_persistent_workers = False
         args.save_strategy, args.load_best_model_at_end = "no", False
+        if finetuning_args.stage in ("dpo", "kto") and args.metric_for_best_model:
+            args.metric_for_best_model = "eval_loss"  # their trainers have metrics of their own
     with _named("optim", training_args.optim, "Change what it names"):
         trainer.create_optimizer()
     kwargs = training_args.lr_scheduler_kwargs
     remedy = "Write lr_scheduler_kwargs: {name: value, ...} as it needs them, or another lr_scheduler_type"
     with _named("lr_scheduler_type", f"{shown(training_args.lr_scheduler_type)}, {shown(kwargs)}", remedy):
         trainer.create_scheduler(args.max_steps, trainer.optimizer)
-    with _named("training arguments", "what follows", "Change what it names"):
+    with _named("", None, "Change what it names"):
         trainer.train()
 
 
-def _for_one_step(training_args: Any, finetuning_args: Any, folder: str) -> Any:
+def _for_one_step(training_args: Any, folder: str) -> Any:
     args = copy.copy(training_args)
     args.output_dir, args.report_to, args.push_to_hub = folder, [], False
     args.max_steps = args.max_steps if args.max_steps > 0 else _MANY
@@ -128,8 +130,6 @@ def _for_one_step(training_args: Any, finetuning_args: Any, folder: str) -> Any:
     args._n_gpu = min(args._n_gpu, 1)
     if getattr(args.eval_strategy, "value", args.eval_strategy) != "no":
         args.eval_strategy, args.eval_steps, args.eval_delay = type(args.eval_strategy)("steps"), 1, 0
-    if finetuning_args.stage in ("dpo", "kto"):  # their trainers have metrics of their own
-        args.metric_for_best_model = None
     return args
 
 
@@ -146,11 +146,13 @@ def _stop() -> Any:
 
 @contextmanager
 def _named(name: str, value: Any, remedy: str) -> Iterator[None]:
-    """Within it, whatever a library raises is about one argument."""
+    """Within it, whatever a library raises is about one argument, or about any of them if there is no name."""
     try:
         yield
     except Exception as error:  # each library has classes of its own for what it refuses
         text = " ".join(str(error.args[0] if isinstance(error, KeyError) and error.args else error).split())
-        got = value if name in ("training arguments", "lr_scheduler_type") else shown(value)
         said = text or type(error).__name__
-        raise KTError(f"{name}: got {got}; {said.rstrip('.')}. {remedy}.") from error
+        got = f"{name}: got {value if name == 'lr_scheduler_type' else shown(value)};"
+        if not name:
+            got = f"The Trainer would stop after the model is loaded ({type(error).__name__}):"
+        raise KTError(f"{got} {said.rstrip('.')}. {remedy}.") from error
