@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import subprocess
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
 import typer
 
 import ktmoe
-from ktmoe.types import KernelError, KTError
+from ktmoe.exits import run
+from ktmoe.types import KTError
 
 
 app = typer.Typer(
@@ -19,22 +18,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,  # a traceback is for bugs, and then a plain one
     help="LoRA fine-tuning of mixture-of-experts models whose experts run on the CPU.",
 )
-
-
-def run(command: Callable[[], None]) -> None:
-    """Runs a command; what the user can mend becomes one message on stderr and exit code 2.
-
-    Raises:
-        SystemExit: with the code.
-    """
-    try:
-        command()
-    except (KTError, KernelError) as error:  # a kernel that fails its checks: the message says what to use instead
-        typer.echo(f"ktmoe: {error}", err=True)
-        raise SystemExit(2) from None
-    except subprocess.CalledProcessError as error:  # torchrun, whose worker has said why
-        typer.echo(f"ktmoe: the training process ended with exit code {error.returncode}; see above.", err=True)
-        raise SystemExit(error.returncode) from None
 
 
 def _version(asked: bool) -> None:

@@ -13,7 +13,7 @@ from ktmoe import KernelError, KTConfig, KTError, MoEExperts
 from ktmoe.backends import TABLE
 from ktmoe.backends.kt import KernelBackend
 from ktmoe.backends.torch import TorchBackend
-from ktmoe.cli import run
+from ktmoe.exits import run
 from ktmoe.gate import certificate, contract, distance, gate, load_probe
 from ktmoe.planning import plan
 from ktmoe.types import ExpertWeights

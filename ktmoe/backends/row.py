@@ -34,7 +34,7 @@ class Plan:
 
     Attributes:
         backend: its name in the table.
-        threads: CPU threads of the kernel.
+        threads: CPU threads of the kernel, or of torch while it computes experts (None: as many as it has).
         tp: parts of the intermediate dimension.
         max_len: tokens per kernel call.
         share_backward: whether the layers share one repacked backward buffer.
@@ -42,7 +42,7 @@ class Plan:
     """
 
     backend: str
-    threads: int
+    threads: int | None
     tp: int
     max_len: int
     share_backward: bool

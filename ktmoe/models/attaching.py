@@ -24,6 +24,7 @@ from ktmoe.models.families import Layer, find, put_back
 from ktmoe.models.skeleton import check_lora, on_disk
 from ktmoe.notices import say_once
 from ktmoe.planning import plan
+from ktmoe.processes import check_one_process
 from ktmoe.types import ExpertWeights, KTError, MoEShape
 
 
@@ -56,7 +57,8 @@ def attach(
         The model, or a PeftModel around it if `lora` was given.
 
     Raises:
-        KTError: no MoE layer, experts that are not plain, or sizes that the backend cannot take. It stays as it was.
+        KTError: no MoE layer, experts that are not plain, sizes that the backend cannot take, or a launcher that
+            started several processes. It stays as it was.
         KernelError: the kernel failed a check.
 
     Examples:
@@ -66,6 +68,7 @@ def attach(
         >>> model(torch.tensor([[1, 2, 3]])).logits.shape
         torch.Size([1, 3, 64])
     """
+    check_one_process()
     config = config or KTConfig()
     replaced: dict[str, MoEExperts] = {}
     found = find(model)

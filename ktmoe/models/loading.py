@@ -27,6 +27,7 @@ from ktmoe.models.arguments import (
 from ktmoe.models.attaching import attach
 from ktmoe.models.families import expert_modules
 from ktmoe.models.skeleton import auto_class, check_model, experts_in, make_skeleton
+from ktmoe.processes import check_one_process
 from ktmoe.types import KTError
 
 
@@ -73,6 +74,7 @@ def load_model(
         >>> model(input_ids=torch.tensor([[1, 2, 3]]), labels=torch.tensor([[1, 2, 3]])).loss.backward()
         >>> model.save_pretrained(new_path)  # the adapter, as stock peft reads it
     """
+    check_one_process()
     given, kt_config = configurations(config, kt_config)
     check_arguments(from_pretrained)
     model_config, trust, rest = model_configuration(path, given, from_pretrained)

@@ -7,7 +7,7 @@ from functools import partial
 from ktmoe.backends.kt import extension, kernel
 from ktmoe.backends.kt.packed import PackedLayer
 from ktmoe.backends.row import Limits, Plan, Row
-from ktmoe.cores import usable_cores
+from ktmoe.cores import numa_nodes, usable_cores
 from ktmoe.types import ExpertWeights, KTError, MoEShape
 
 
@@ -22,12 +22,12 @@ def _build(
         weights,
         shape,
         scaling=scaling,
-        threads=plan.threads,
+        threads=plan.threads or usable_cores(),
         tp=plan.tp,
         max_len=plan.max_len,
         share_backward=plan.share_backward,
         packed=packed,
-        torch_threads=max(1, min(usable_cores() - plan.threads, _TORCH_THREADS)),
+        torch_threads=max(1, min(usable_cores() - (plan.threads or usable_cores()), _TORCH_THREADS)),
     )
 
 
@@ -44,7 +44,7 @@ def _refuse_host() -> str:
 
 
 def _largest_tp(name: str, shape: MoEShape) -> int:
-    return kernel.valid_tp(name, shape, len(extension.numa_nodes()))
+    return kernel.valid_tp(name, shape, len(numa_nodes()))
 
 
 def _row(name: str, required: Limits, expected: Limits, aimed_at: Limits, takes_packed: bool = False) -> Row:
