@@ -15,6 +15,7 @@ from ktmoe.types import KTError
 
 BACKENDS = ("AMXBF16", "AMXInt8", "torch", "reference", "auto")
 SHARE_BACKWARD = ("auto", "on", "off")
+TORCH_PACKING = ("auto", "both", "forward", "off")
 FALLBACK = ("error", "torch")
 VERIFY = ("quick", "full", "off")
 
@@ -65,6 +66,11 @@ class KTConfig:
         "auto",
         "One repacked backward buffer for all layers (on, less memory) or a copy per layer (off, faster). auto: on.",
     )
+    kt_torch_packing: str = _key(
+        "auto",
+        "Copies of the weights that the torch backend makes to compute faster: both (forward and backward, 2.0 x "
+        "their size in bf16), forward (1.0 x), off (none), or auto (as many as leave a quarter of the memory free).",
+    )
     kt_verify: str = _key(
         "quick",
         "How the kernel is checked before it is used: quick (seconds, once per shape, then each layer as it is "
@@ -79,6 +85,7 @@ class KTConfig:
         for name, choices in (
             ("kt_backend", BACKENDS),
             ("kt_share_backward", SHARE_BACKWARD),
+            ("kt_torch_packing", TORCH_PACKING),
             ("kt_verify", VERIFY),
             ("kt_fallback", FALLBACK),
         ):

@@ -28,12 +28,15 @@ class Backend(ABC):
         shape: what it was built for.
         compute_dtype: the dtype that `Inputs.hidden_states` must have.
         reloaded: whether the weights are in an object that held another layer's before.
+        bets: whether a training forward without grad should save all the same: the first pass of reentrant
+            checkpointing is one, and its recompute can then be answered without computing.
     """
 
     name: str
     shape: MoEShape
     compute_dtype: torch.dtype
     reloaded: bool = False
+    bets: bool = False
 
     @abstractmethod
     def forward(self, inputs: Inputs, *, save: bool) -> tuple[Tensor, int]:
@@ -60,6 +63,13 @@ class Backend(ABC):
         Returns:
             Fresh tensors that belong to the caller.
         """
+
+    def holds(self, ticket: int) -> bool:
+        """Whether a backward with this ticket needs no forward run again, or would need it with any ticket.
+
+        A backend that keeps activations says whether those of `ticket` are still there, unspoiled.
+        """
+        return ticket == STATELESS
 
     def condemn(self) -> None:
         """Closes a backend that computed something wrong; nothing of it is used again."""

@@ -10,7 +10,7 @@ import psutil
 
 from ktmoe.backends.kt import kernel
 from ktmoe.backends.reference import ReferenceBackend
-from ktmoe.backends.torch import TorchBackend
+from ktmoe.backends.torch import build as build_torch
 from ktmoe.checkpoints.packed import PackedLayer, PackedModel
 from ktmoe.config import KTConfig
 from ktmoe.interface import Backend
@@ -33,6 +33,7 @@ class Plan:
         max_len: tokens per kernel call.
         share_backward: whether the layers share one repacked backward buffer.
         note: why it is not what the configuration names, or "".
+        torch_packing: copies of the weights that the torch backend may make.
     """
 
     backend: str
@@ -41,6 +42,7 @@ class Plan:
     max_len: int
     share_backward: bool
     note: str = ""
+    torch_packing: str = "auto"
 
     @property
     def is_kernel(self) -> bool:
@@ -76,7 +78,8 @@ def plan(config: KTConfig, shape: MoEShape) -> Plan:
         tp = kernel.valid_tp(wanted, shape, len(kernel.numa_nodes()))
     if config.kt_weight_path and wanted in KERNEL_BACKENDS:
         PackedModel(config.kt_weight_path).check(shape, tp, kernel.version())
-    return Plan(wanted, threads, tp, config.kt_max_len or 4096, config.kt_share_backward != "off", note)
+    packing = config.kt_torch_packing if wanted == "torch" else "auto"
+    return Plan(wanted, threads, tp, config.kt_max_len or 4096, config.kt_share_backward != "off", note, packing)
 
 
 def usable_cores() -> int:
@@ -116,7 +119,7 @@ def build(
     if plan.backend == "reference":
         return ReferenceBackend(weights, shape)
     if plan.backend == "torch":
-        return TorchBackend(weights, shape)
+        return build_torch(weights, shape, plan.torch_packing)
     return kernel.KernelBackend(
         plan.backend,
         weights,
