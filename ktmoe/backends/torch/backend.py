@@ -2,12 +2,12 @@
 
 For one expert with rows x [n, H], routing weights w [n, 1] and output gradients g [n, H] (before weighting):
 
-    gate, up = x G^T, x U^T          mid = silu(gate) * up           y = mid D^T           out = sum of w y
+    gate, up = x G^T, x U^T          mid = silu(gate) * up            y = mid D^T           out = sum of w y
     d = g D                          grad of w = row sums of mid * d  (no y is kept or computed again for it)
-    d_up = silu(gate) * d            d_gate = silu'(gate) * up * d    grad of x = w (d_gate G + d_up U)
+    d_up = silu(gate) * d            d_gate = silu'(gate) * up * d    grad of x = sum of w (d_gate G + d_up U)
 
-where every projection includes its LoRA. w multiplies what is small or summed anyway: the sums over experts, in both
-directions, and the LoRA's low-rank rows.
+where every projection includes its LoRA. w multiplies what is summed or small anyway: the sums over a token's
+experts, in both directions, and the low-rank rows of the LoRA.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ import torch
 from torch import Tensor
 
 from ktmoe.backends.torch.buffers import BUFFERS, Space, nbytes
-from ktmoe.backends.torch.lora import ExpertLora, LoraGradients
+from ktmoe.backends.torch.expert import Expert, Scratch
+from ktmoe.backends.torch.lora import ExpertLora, LowRows, by_expert
 from ktmoe.backends.torch.products import FromSource, Products
-from ktmoe.backends.torch.rows import Part, Rows
+from ktmoe.backends.torch.rows import Rows
 from ktmoe.interface import STATELESS, Backend
 from ktmoe.types import ExpertWeights, Gradients, Inputs, KTError, MoEShape
 
@@ -32,19 +33,17 @@ _TICKETS = itertools.count(STATELESS + 1)
 
 
 @dataclass(eq=False)
-class _Chunk:
-    """What is kept of some tokens, from their forward to their backward."""
+class _Kept:
+    """What is kept of a chunk of tokens, from its forward to its backward."""
 
     rows: Rows
     space: Space
     gate_up: Tensor  # [R, 2 I]
-    low: list[
-        tuple[Tensor, Tensor]
-    ]  # by part: low-rank rows of gate and up [n, 2 r], of down [n, r]; without LoRA none
+    low: list[LowRows]  # of every part; none without LoRA
 
 
 class TorchBackend(Backend):
-    """One layer's experts. Keeps the gate and up of its last saving forward, as far as memory allows."""
+    """One layer's experts. Keeps gate and up of its last saving forward, as far as memory allows."""
 
     name = "torch"
     bets = True
@@ -56,12 +55,12 @@ class TorchBackend(Backend):
         compute_dtype: torch.dtype = torch.bfloat16,
         products: Products | None = None,
     ) -> None:
-        """Costs nothing by itself: no copy of the weights is made.
+        """Costs nothing by itself: the weights are neither read nor copied.
 
         Args:
             weights: stay the caller's.
             shape: what it is built for.
-            compute_dtype: of rows and products. Routing weights, sums over slots and LoRA gradients are fp32.
+            compute_dtype: of rows and products. Routing weights, LoRA and sums over slots are fp32.
             products: with copies of the weights; by default straight from `weights`, cast block by block where they
                 have another dtype.
         """
@@ -71,28 +70,26 @@ class TorchBackend(Backend):
         # bf16 products on the CPU are oneDNN's, which compiles one for every number of rows.
         self._pad = compute_dtype == torch.bfloat16 and self._device.type == "cpu"
         self._ticket = STATELESS
-        self._kept: list[_Chunk] = []
+        self._kept: list[_Kept] = []
         BUFFERS.join(self)
 
     @torch.no_grad()
     def forward(self, inputs: Inputs, *, save: bool) -> tuple[Tensor, int]:
         """See `Backend.forward`."""
         with BUFFERS.lock:
+            out = torch.empty_like(inputs.hidden_states)  # [T, H]
             if save:
                 self._forget()
-            out = torch.empty_like(inputs.hidden_states)  # [T, H]
-            room = save
             for tokens, chunk in self._chunks(inputs):
                 rows = self._rows(chunk)
-                keep = self._keep(rows, chunk) if room else None
-                room = keep is not None
-                out[tokens] = self._forward(rows, chunk, keep)
-            if not room:  # all chunks are kept or none
-                if save:
-                    self._forget()
-                return out, STATELESS
-            self._ticket = next(_TICKETS)
-            return out, self._ticket
+                kept = self._keep(rows) if save else None
+                save = kept is not None  # all chunks or none
+                out[tokens] = self._forward(rows, chunk, kept)
+            if save:
+                self._ticket = next(_TICKETS)
+            elif self._ticket == STATELESS:
+                self._forget()
+            return out, self._ticket if save else STATELESS
 
     @torch.no_grad()
     def backward(self, ticket: int, inputs: Inputs, grad_output: Tensor) -> Gradients:
@@ -100,15 +97,16 @@ class TorchBackend(Backend):
         with BUFFERS.lock:
             grad_x = torch.empty_like(inputs.hidden_states)  # [T, H]
             grad_w = torch.empty_like(inputs.top_k_weights)  # [T, K]
-            lora = LoraGradients(inputs.lora, self._device) if inputs.lora else None
-            kept: Sequence[_Chunk | None] = self._kept if ticket == self._ticket != STATELESS else []
-            for (tokens, chunk), keep in itertools.zip_longest(self._chunks(inputs), kept):
+            lora = [torch.zeros(t.shape, dtype=torch.float32, device=self._device) for t in inputs.lora or ()]
+            gradients = by_expert(lora)
+            all_kept: Sequence[_Kept] = self._kept if ticket == self._ticket != STATELESS else ()
+            for (tokens, chunk), kept in itertools.zip_longest(self._chunks(inputs), all_kept):
                 grad = grad_output[tokens].to(self._device)
-                rows = keep.rows if keep else self._rows(chunk)
-                grad_x[tokens], grad_w[tokens] = self._backward(rows, chunk, grad, keep, lora)
-            if kept:
+                rows = kept.rows if kept else self._rows(chunk)
+                grad_x[tokens], grad_w[tokens] = self._backward(rows, chunk, grad, kept, gradients)
+            if all_kept:
                 self._forget()
-            return Gradients(grad_x, grad_w, [t.cpu() for t in lora.tensors] if lora else None)
+            return Gradients(grad_x, grad_w, [t.cpu() for t in lora] or None)
 
     def holds(self, ticket: int) -> bool:
         """See `Backend.holds`."""
@@ -121,15 +119,11 @@ class TorchBackend(Backend):
             self._products = None
             BUFFERS.leave(self)
 
-    @property
-    def _step(self) -> int:
-        """Tokens of one chunk."""
-        row = self.shape.top_k * self.shape.hidden_size * self.compute_dtype.itemsize
-        return max(64, _CHUNK // row)
-
     def _chunks(self, inputs: Inputs) -> Iterator[tuple[slice, Inputs]]:
-        for start in range(0, len(inputs.hidden_states), self._step):
-            tokens = slice(start, start + self._step)
+        """Some tokens at a time, where the weights are."""
+        step = max(64, _CHUNK // (self.shape.top_k * self.shape.hidden_size * self.compute_dtype.itemsize))
+        for start in range(0, len(inputs.hidden_states), step):
+            tokens = slice(start, start + step)
             some = inputs.rows(tokens)
             x, index, w = (t.to(self._device) for t in (some.hidden_states, some.top_k_index, some.top_k_weights))
             yield tokens, Inputs(x, index, w, inputs.lora)
@@ -137,149 +131,91 @@ class TorchBackend(Backend):
     def _rows(self, chunk: Inputs) -> Rows:
         return Rows(chunk.top_k_index, chunk.top_k_weights, self.shape.num_experts, self._pad)
 
-    def _forward(self, rows: Rows, chunk: Inputs, keep: _Chunk | None) -> Tensor:
+    def _forward(self, rows: Rows, chunk: Inputs, kept: _Kept | None) -> Tensor:
         """[T, H] of one chunk; writes what is kept."""
-        x, products = chunk.hidden_states, self._open()
-        scratch = _Scratch(self.shape, rows.most, x)
-        y = BUFFERS.workspace("rows", (rows.total + 1, self.shape.hidden_size), x)
-        y[rows.total].zero_()
-        for part in rows.parts:
-            lora = ExpertLora(chunk.lora, part.expert, x) if chunk.lora else None
-            gate_up = keep.gate_up[part.rows] if keep else scratch.gate_up[: part.size]
-            low = self._gate_up(part, rows, x, lora, scratch, gate_up)
+        y = self._all_rows(rows)
+        for expert in self._experts(rows, chunk):
+            part, n, scratch = expert.part, expert.part.size, expert.scratch
+            gate_up = kept.gate_up[part.rows] if kept else scratch.gate_up[:n]
+            low_gate_up = expert.gate_up(gate_up)
             gate, up = gate_up.chunk(2, 1)  # [n, I]
-            mid = torch.ops.aten.silu.out(gate, out=scratch.mid[: part.size]).mul_(up)
-            out = y[part.rows]
-            base = products.down(part.expert, mid, out)
-            if lora is None:
-                _move(base, out)
-                continue
-            low_down = lora.low_down(mid)
-            lora.add_down(base, low_down, out)
-            if keep:
-                keep.low.append((low, low_down))
+            mid = torch.ops.aten.silu.out(gate, out=scratch.mid[:n]).mul_(up)
+            low_down = expert.down(mid, y[part.rows])
+            if kept and low_gate_up is not None and low_down is not None:
+                kept.low.append(LowRows(low_gate_up, low_down))
         return rows.combine(y)
 
-    def _gate_up(
-        self, part: Part, rows: Rows, x: Tensor, lora: ExpertLora | None, scratch: _Scratch, out: Tensor
-    ) -> Tensor | None:
-        """Gate and up of one expert -> out [n, 2 I]; returns the LoRA's low-rank rows [n, 2 r]."""
-        mine = rows.gather(x, part, scratch.x)  # [n, H]
-        base = self._open().gate_up(part.expert, mine, out)
-        if lora is None:
-            _move(base, out)
-            return None
-        low = lora.low_gate_up(mine)
-        lora.add_gate_up(base, low, out)
-        return low
-
     def _backward(
-        self, rows: Rows, chunk: Inputs, grad_output: Tensor, keep: _Chunk | None, gradients: LoraGradients | None
+        self, rows: Rows, chunk: Inputs, grad_output: Tensor, kept: _Kept | None, gradients: Sequence[Sequence[Tensor]]
     ) -> tuple[Tensor, Tensor]:
         """Gradients of the hidden states [T, H] and the routing weights [T, K] of one chunk; adds the LoRA's."""
-        x, products = chunk.hidden_states, self._open()
-        scratch = _Scratch(self.shape, rows.most, x)
-        grad_rows = BUFFERS.workspace("rows", (rows.total + 1, self.shape.hidden_size), x)
-        grad_rows[rows.total].zero_()
+        grad_rows = self._all_rows(rows)
         grad_weight = rows.weight.new_zeros(rows.total + 1)
-        for at, part in enumerate(rows.parts):
-            n, e = part.size, part.expert
-            lora = ExpertLora(chunk.lora, e, x) if chunk.lora else None
-            low = low_down = None
-            if keep:
-                gate_up = keep.gate_up[part.rows]
-                if lora:
-                    low, low_down = keep.low[at]
+        for at, expert in enumerate(self._experts(rows, chunk)):
+            part, n, scratch, lora = expert.part, expert.part.size, expert.scratch, expert.lora
+            low_gate_up = None
+            if kept:
+                gate_up = kept.gate_up[part.rows]
             else:
                 gate_up = scratch.gate_up[:n]
-                low = self._gate_up(part, rows, x, lora, scratch, gate_up)
+                low_gate_up = expert.gate_up(gate_up)
             gate, up = gate_up.chunk(2, 1)  # [n, I]
             act = torch.ops.aten.silu.out(gate, out=scratch.act[:n])
             mid = torch.mul(act, up, out=scratch.mid[:n])
+            if lora:
+                lora.mid = scratch.wide("mid", mid)
+                if low_gate_up is not None:
+                    lora.low = LowRows(low_gate_up, lora.low_down(lora.mid))
+                elif kept:
+                    lora.x, lora.low = scratch.wide("x", expert.gather()), kept.low[at]
 
             grad = rows.gather(grad_output, part, scratch.grad)  # [n, H]
             d = scratch.d[:n]  # [n, I]
-            base = products.down_backward(e, grad, d)
-            grad_low_down = lora.backward_down(grad, base, d) if lora else _move(base, d)
-
+            expert.down_backward(grad, d)
             d_gate_up = scratch.d_gate_up[:n]
             d_gate, d_up = d_gate_up.chunk(2, 1)
             torch.mul(act, d, out=d_up)
-            product = torch.mul(mid, d, out=act)
-            grad_weight[part.rows] = product.sum(-1, dtype=torch.float32)
+            grad_weight[part.rows] = torch.mul(mid, d, out=act).sum(-1, dtype=torch.float32)
             torch.ops.aten.silu_backward.grad_input(d.mul_(up), gate, grad_input=d_gate)
-
-            out = grad_rows[part.rows]
-            base = products.gate_up_backward(e, d_gate_up, out)
-            if lora is None or gradients is None:
-                _move(base, out)
-                continue
-            grad_low = lora.backward_gate_up(d_gate_up, base, out)
-            mine = rows.gather(x, part, scratch.x) if keep else scratch.x[:n]
-            if low_down is None:
-                low_down = lora.low_down(mid)
-            lows = (low, grad_low, low_down, grad_low_down)
-            low, grad_low, low_down, grad_low_down = (t.float() * rows.weight[part.rows] for t in lows)
-            r = low_down.shape[1]
-            mine, grad, mid = scratch.wide("x", mine), scratch.wide("grad", grad), scratch.wide("mid", mid)
-            d_gate, d_up = scratch.wide("d_gate_up", d_gate_up).chunk(2, 1)
-            gradients.add("gate_proj.lora_A", e, grad_low[:, :r], mine)
-            gradients.add("gate_proj.lora_B", e, d_gate, low[:, :r])
-            gradients.add("up_proj.lora_A", e, grad_low[:, r:], mine)
-            gradients.add("up_proj.lora_B", e, d_up, low[:, r:])
-            gradients.add("down_proj.lora_A", e, grad_low_down, mid)
-            gradients.add("down_proj.lora_B", e, grad, low_down)
+            expert.gate_up_backward(d_gate_up, grad_rows[part.rows])
+            if lora:
+                lora.add_gradients(gradients[part.expert], rows.weight[part.rows])
         return rows.combine(grad_rows), rows.per_slot(grad_weight)
 
-    def _keep(self, rows: Rows, chunk: Inputs) -> _Chunk | None:
-        """Room for what the backward of a chunk needs, or None."""
-        shape, dtype = (rows.total, 2 * self.shape.intermediate_size), chunk.hidden_states.dtype
-        space = BUFFERS.borrow(nbytes(shape, dtype), self._device)
-        if space is None:
-            return None
-        self._kept.append(_Chunk(rows, space, space.tensor(shape, dtype), []))
-        return self._kept[-1]
-
-    def _forget(self) -> None:
-        for chunk in self._kept:
-            BUFFERS.give_back(chunk.space)
-        self._ticket, self._kept = STATELESS, []
-
-    def _open(self) -> Products:
+    def _experts(self, rows: Rows, chunk: Inputs) -> Iterator[Expert]:
+        """Every expert that has rows."""
         if self._products is None:
             raise KTError(
                 "These experts were closed, or their model detached, and cannot compute any more. Run every backward "
                 "before that."
             )
-        return self._products
+        x, lora = chunk.hidden_states, chunk.lora
+        scratch = Scratch(self.shape, rows.most, x)
+        matrices = by_expert(lora) if lora else []
+        for part in rows.parts:
+            mine = ExpertLora(matrices[part.expert], lora.scaling, self._device) if lora else None
+            yield Expert(part, rows, x, self._products, scratch, mine)
 
+    def _all_rows(self, rows: Rows) -> Tensor:
+        """[R + 1, H] for the results of all experts, the last row zero."""
+        like = torch.empty(0, dtype=self.compute_dtype, device=self._device)
+        found = BUFFERS.workspace("rows", (rows.total + 1, self.shape.hidden_size), like)
+        found[rows.total].zero_()
+        return found
 
-class _Scratch:
-    """One expert's intermediate values, in memory that every expert and layer writes again."""
+    def _keep(self, rows: Rows) -> _Kept | None:
+        """Room for what the backward of a chunk needs, or None."""
+        shape = (rows.total, 2 * self.shape.intermediate_size)
+        space = BUFFERS.borrow(nbytes(shape, self.compute_dtype), self._device)
+        if space is None:
+            return None
+        self._kept.append(_Kept(rows, space, space.tensor(shape, self.compute_dtype), []))
+        return self._kept[-1]
 
-    def __init__(self, shape: MoEShape, rows: int, like: Tensor) -> None:
-        """For up to `rows` rows of an expert, of the dtype and on the device of `like`."""
-        self._most, self._like, self._wide = rows, like, like.new_empty(0, dtype=torch.float32)
-        h, i = shape.hidden_size, shape.intermediate_size
-        self.x, self.grad = self._get("x", h), self._get("grad", h)
-        self.gate_up, self.d_gate_up = self._get("gate_up", 2 * i), self._get("d_gate_up", 2 * i)
-        self.act, self.mid, self.d = self._get("act", i), self._get("mid", i), self._get("d", i)
-
-    def _get(self, name: str, columns: int) -> Tensor:
-        return BUFFERS.workspace(name, (self._most, columns), self._like)
-
-    def wide(self, name: str, values: Tensor) -> Tensor:
-        """The values in fp32."""
-        if values.dtype == torch.float32:
-            return values
-        return BUFFERS.workspace(f"wide {name}", (self._most, values.shape[1]), self._wide)[: len(values)].copy_(
-            values
-        )
-
-
-def _move(base: Tensor, out: Tensor) -> Tensor:
-    """A product's result -> out, where it is not there yet."""
-    return out if base is out else out.copy_(base)
+    def _forget(self) -> None:
+        for kept in self._kept:
+            BUFFERS.give_back(kept.space)
+        self._ticket, self._kept = STATELESS, []
 
 
 def device_of(weights: ExpertWeights) -> torch.device:

@@ -17,6 +17,7 @@ from ktmoe.types import ExpertWeights, MoEShape
 
 _COPIES = {"both": 2.0, "forward": 1.0, "off": 0.0}  # of the weights in bf16
 _RESERVE = 0.25  # of the memory: what `auto` leaves free for activations and everything else
+_MARGIN = 1.1  # bf16 takes half the memory: fp32 has to be clearly faster
 _ROWS = 64  # of a usual product
 
 
@@ -31,13 +32,12 @@ def build(weights: ExpertWeights, shape: MoEShape, packing: str = "auto") -> Tor
     if device_of(weights).type != "cpu":
         return TorchBackend(weights, shape)
     size = weights.num_experts * 3 * shape.hidden_size * shape.intermediate_size * torch.bfloat16.itemsize
-    if packing == "auto":
-        packing = "off" if why_not_bf16(packed=True) else _affordable(size)
-    why_not = why_not_bf16(packed=False) if packing == "off" else why_not_packed()
-    if why_not:
-        unused = f" kt_torch_packing: {packing} is of no use here." if packing != "off" else ""
+    if why_not := why_not_bf16(packed=packing != "off"):
+        unused = f" kt_torch_packing: {packing} is of no use here." if packing in ("both", "forward") else ""
         say_once(f"ktmoe: torch computes the routed experts in float32, cast expert by expert: {why_not}.{unused}")
         return TorchBackend(weights, shape, torch.float32)
+    if packing == "auto":
+        packing = _affordable(size)
     if packing == "off":
         say_once("ktmoe: torch computes the routed experts in bfloat16, straight from the weights (no copy).")
         return TorchBackend(weights, shape)
@@ -55,37 +55,30 @@ def _affordable(size: int) -> str:
     return next(p for p, copies in _COPIES.items() if not copies or copies * size < room)
 
 
-def why_not_packed() -> str:
-    """Why oneDNN cannot multiply packed bf16 matrices here, "" if it can."""
-    if not torch.backends.mkldnn.is_available():
-        return "this torch has no oneDNN"
-    if not torch.ops.mkldnn._is_mkldnn_bf16_device_supported():
-        return "this CPU has no instructions for bfloat16"
-    return ""
-
-
 @functools.cache
 def why_not_bf16(packed: bool) -> str:
     """Why fp32 products with weights cast at every use are the better choice here, "" if bf16 products are.
 
-    CPUs multiply bf16 at 0.01 to 16 times the speed of fp32; instruction sets do not tell. So, where there are
-    instructions for it at all, one expert's product is timed, which takes about 50 ms once.
+    CPUs multiply bf16 at 0.01 to 16 times the speed of fp32, and their instruction sets do not tell. So, where oneDNN
+    does it at all, the products of one expert are timed, which takes about 50 ms once.
 
     Args:
         packed: whether bf16 products have packed weights.
     """
-    if why := why_not_packed():
-        return why
+    if not torch.backends.mkldnn.is_available():
+        return "this torch has no oneDNN"
+    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return "this CPU has no instructions for bfloat16"
     matrix = torch.randn(2, 1024, 2048).to(torch.bfloat16)
     weights = ExpertWeights(matrix[:1], matrix[1:], matrix[:1].mT.contiguous())
     bf16: Products = Packed(weights, _ROWS, backward=True) if packed else FromSource(weights)
     times = []
     for products, dtype in ((bf16, torch.bfloat16), (FromSource(weights), torch.float32)):
         x, out = torch.randn(_ROWS, 2048).to(dtype), torch.empty(_ROWS, 2048, dtype=dtype)
-        times.append(_fastest(functools.partial(products.gate_up, 0, x, out)))
-        times[-1] += _fastest(functools.partial(products.gate_up_backward, 0, x, out))
+        times.append(_fastest(functools.partial(products.gate_up, 0, x, out, False)))
+        times[-1] += _fastest(functools.partial(products.gate_up_backward, 0, x, out, False))
     half, full = times
-    if half <= full:
+    if half <= _MARGIN * full:
         return ""
     return f"{_ROWS} rows take {1e3 * full:.1f} ms so, {1e3 * half:.1f} ms in bfloat16 on this CPU"
 

@@ -2,69 +2,98 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
-from ktmoe_reference import LORA_NAMES
 from torch import Tensor
 
 from ktmoe.types import Lora
 
 
-class ExpertLora:
-    """One expert's six matrices in the dtype of the products.
+@dataclass
+class LowRows:
+    """The rows of one expert between A and B, times alpha / r; fp32."""
 
-    Gate and up take the same rows, so their A are one matrix [2 r, H]: few large products instead of many small ones.
-    Everything inside of rank r is scaled by alpha / r, in both directions.
+    gate_up: Tensor  # [n, 2 r], gate's half first
+    down: Tensor  # [n, r]
+
+
+class ExpertLora:
+    """One expert's six matrices, and what its gradients need of the forward and the backward that it takes part in.
+
+    In fp32, as peft keeps them: products with so few columns are no faster in bf16. Gate and up take the same rows, so
+    their A are one matrix [2 r, H]. Every product writes what the LoRA adds to the frozen weights' into `out`, in its
+    dtype. The low-rank rows of the backward lack the routing weights until `add_gradients`.
     """
 
-    def __init__(self, lora: Lora, e: int, like: Tensor) -> None:
-        """Reads the tensors as they are now: whatever an optimizer did to them, nothing is stale."""
-        a_gate, b_gate, a_up, b_up, a_down, b_down = (t[e].to(like.device, like.dtype) for t in lora)
-        self.e, self.scaling = e, lora.scaling
+    x: Tensor  # [n, H], what gate and up take
+    mid: Tensor  # [n, I], what down takes
+    low: LowRows
+    _grad: Tensor  # [n, H] of what down gave
+    _d_gate_up: Tensor  # [n, 2 I] of what gate and up gave
+    _grad_low_down: Tensor
+    _grad_low_gate_up: Tensor
+
+    def __init__(self, matrices: Sequence[Tensor], scaling: float, device: torch.device) -> None:
+        """Reads the six matrices, in the order of `LORA_NAMES`, as they are now: nothing can be stale."""
+        a_gate, b_gate, a_up, b_up, a_down, b_down = (t.to(device, torch.float32) for t in matrices)
+        self.scaling = scaling
         self.a_gate_up = torch.cat((a_gate, a_up))  # [2 r, H]
         self.b_gate, self.b_up = b_gate, b_up  # [I, r]
         self.a_down, self.b_down = a_down, b_down  # [r, I], [H, r]
 
-    def low_gate_up(self, x: Tensor) -> Tensor:
-        """[n, H] -> [n, 2 r], gate's half first."""
-        return (x @ self.a_gate_up.T).mul_(self.scaling)
+    def gate_up(self, x: Tensor, out: Tensor) -> Tensor:
+        """[n, H] -> out [n, 2 I]; returns the low-rank rows."""
+        low = (x @ self.a_gate_up.T).mul_(self.scaling)
+        for b, low_half, half in zip((self.b_gate, self.b_up), low.chunk(2, 1), out.chunk(2, 1), strict=True):
+            _multiply(low_half, b.T, half)
+        return low
 
     def low_down(self, mid: Tensor) -> Tensor:
         """[n, I] -> [n, r]."""
         return (mid @ self.a_down.T).mul_(self.scaling)
 
-    def add_gate_up(self, base: Tensor, low: Tensor, out: Tensor) -> None:
-        """`base` [n, 2 I] and the LoRA of both halves -> out."""
-        (i, r), both = self.b_gate.shape, (self.b_gate, self.b_up)
-        for half, b in enumerate(both):
-            at, rank = slice(half * i, (half + 1) * i), slice(half * r, (half + 1) * r)
-            torch.addmm(base[:, at], low[:, rank], b.T, out=out[:, at])
+    def down(self, low: Tensor, out: Tensor) -> None:
+        """[n, r] -> out [n, H]."""
+        _multiply(low, self.b_down.T, out)
 
-    def add_down(self, base: Tensor, low: Tensor, out: Tensor) -> None:
-        """`base` [n, H] and the LoRA -> out."""
-        torch.addmm(base, low, self.b_down.T, out=out)
+    def down_backward(self, grad: Tensor, out: Tensor) -> None:
+        """[n, H] -> out [n, I], the gradient of what down takes."""
+        self._grad, self._grad_low_down = grad, (grad @ self.b_down).mul_(self.scaling)
+        _multiply(self._grad_low_down, self.a_down, out)
 
-    def backward_down(self, grad: Tensor, base: Tensor, out: Tensor) -> Tensor:
-        """Adds to `base`, the gradient [n, I] of what the down projection takes; returns the low gradient [n, r]."""
-        low = (grad @ self.b_down).mul_(self.scaling)
-        torch.addmm(base, low, self.a_down, out=out)
-        return low
+    def gate_up_backward(self, d_gate_up: Tensor, out: Tensor) -> None:
+        """[n, 2 I] -> out [n, H], the gradient of what gate and up take."""
+        d_gate, d_up = d_gate_up.chunk(2, 1)
+        low = torch.cat((d_gate @ self.b_gate, d_up @ self.b_up), 1).mul_(self.scaling)
+        self._d_gate_up, self._grad_low_gate_up = d_gate_up, low
+        _multiply(low, self.a_gate_up, out)
 
-    def backward_gate_up(self, grad: Tensor, base: Tensor, out: Tensor) -> Tensor:
-        """Adds to `base`, the gradient [n, H] of the rows; returns the low gradient [n, 2 r]."""
-        i = len(self.b_gate)
-        low = torch.cat((grad[:, :i] @ self.b_gate, grad[:, i:] @ self.b_up), 1).mul_(self.scaling)
-        torch.addmm(base, low, self.a_gate_up, out=out)
-        return low
+    def add_gradients(self, gradients: Sequence[Tensor], weight: Tensor) -> None:
+        """Adds to this expert's six gradients, fp32. `weight` [n, 1] holds the routing weights."""
+        (low_gate, low_up), low_down = (self.low.gate_up * weight).chunk(2, 1), self.low.down * weight
+        grad_low_gate, grad_low_up = (self._grad_low_gate_up * weight).chunk(2, 1)
+        d_gate, d_up = self._d_gate_up.chunk(2, 1)
+        factors = (
+            (grad_low_gate, self.x),
+            (d_gate, low_gate),
+            (grad_low_up, self.x),
+            (d_up, low_up),
+            (self._grad_low_down * weight, self.mid),
+            (self._grad, low_down),
+        )
+        for gradient, (outer, inner) in zip(gradients, factors, strict=True):
+            gradient.addmm_(outer.T, inner)
 
 
-class LoraGradients:
-    """The six fp32 gradients of a call, zero for experts without a token."""
+def by_expert(tensors: Lora | Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
+    """Six stacked tensors -> the six matrices of every expert, as views."""
+    return list(zip(*(t.unbind(0) for t in tensors), strict=True))
 
-    def __init__(self, lora: Lora, device: torch.device) -> None:
-        """Zero."""
-        self.tensors = [torch.zeros(t.shape, dtype=torch.float32, device=device) for t in lora]
 
-    def add(self, name: str, e: int, outer: Tensor, inner: Tensor) -> None:
-        """Adds outer.T @ inner [m, n] to one expert's matrix, in fp32."""
-        grad = self.tensors[LORA_NAMES.index(name)][e]
-        torch.addmm(grad, outer.T, inner, out=grad)
+def _multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
+    if out.dtype == a.dtype:
+        torch.mm(a, b, out=out)
+    else:
+        out.copy_(a @ b)

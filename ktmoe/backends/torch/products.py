@@ -16,18 +16,18 @@ _BLOCK = 16 * 2**20  # bytes of a matrix that are cast at once: few enough for a
 
 
 class Products(Protocol):
-    """The four products of an expert. Each may write its result into `out` and returns it, there or elsewhere."""
+    """The four products of an expert. Each overwrites `out`, or with `add` adds to what is there."""
 
-    def gate_up(self, e: int, x: Tensor, out: Tensor) -> Tensor:
+    def gate_up(self, e: int, x: Tensor, out: Tensor, add: bool) -> None:
         """Gate and up side by side: [n, H] -> [n, 2 I]."""
 
-    def down(self, e: int, mid: Tensor, out: Tensor) -> Tensor:
+    def down(self, e: int, mid: Tensor, out: Tensor, add: bool) -> None:
         """[n, I] -> [n, H]."""
 
-    def down_backward(self, e: int, grad: Tensor, out: Tensor) -> Tensor:
+    def down_backward(self, e: int, grad: Tensor, out: Tensor, add: bool) -> None:
         """Gradient of what `down` takes: [n, H] -> [n, I]."""
 
-    def gate_up_backward(self, e: int, grad: Tensor, out: Tensor) -> Tensor:
+    def gate_up_backward(self, e: int, grad: Tensor, out: Tensor, add: bool) -> None:
         """Gradient of what `gate_up` takes: [n, 2 I] -> [n, H]."""
 
 
@@ -38,29 +38,25 @@ class FromSource(Products):
         """Holds the weights as they are."""
         self.weights = weights
 
-    def gate_up(self, e: int, x: Tensor, out: Tensor) -> Tensor:
+    def gate_up(self, e: int, x: Tensor, out: Tensor, add: bool) -> None:
         """See `Products.gate_up`."""
-        i = out.shape[1] // 2
-        _multiply(x, self.weights.gate_proj[e], out[:, :i])
-        _multiply(x, self.weights.up_proj[e], out[:, i:])
-        return out
+        gate, up = out.chunk(2, 1)
+        _multiply(x, self.weights.gate_proj[e], gate, add)
+        _multiply(x, self.weights.up_proj[e], up, add)
 
-    def down(self, e: int, mid: Tensor, out: Tensor) -> Tensor:
+    def down(self, e: int, mid: Tensor, out: Tensor, add: bool) -> None:
         """See `Products.down`."""
-        _multiply(mid, self.weights.down_proj[e], out)
-        return out
+        _multiply(mid, self.weights.down_proj[e], out, add)
 
-    def down_backward(self, e: int, grad: Tensor, out: Tensor) -> Tensor:
+    def down_backward(self, e: int, grad: Tensor, out: Tensor, add: bool) -> None:
         """See `Products.down_backward`."""
-        _multiply_transposed(grad, self.weights.down_proj[e], out)
-        return out
+        _multiply_transposed(grad, self.weights.down_proj[e], out, add)
 
-    def gate_up_backward(self, e: int, grad: Tensor, out: Tensor) -> Tensor:
+    def gate_up_backward(self, e: int, grad: Tensor, out: Tensor, add: bool) -> None:
         """See `Products.gate_up_backward`."""
-        i = grad.shape[1] // 2
-        _multiply_transposed(grad[:, :i], self.weights.gate_proj[e], out)
-        _multiply_transposed(grad[:, i:], self.weights.up_proj[e], out, add=True)
-        return out
+        grad_gate, grad_up = grad.chunk(2, 1)
+        _multiply_transposed(grad_gate, self.weights.gate_proj[e], out, add)
+        _multiply_transposed(grad_up, self.weights.up_proj[e], out, add=True)
 
 
 class Packed(Products):
@@ -90,43 +86,50 @@ class Packed(Products):
                 self._gate_up_backward.append(_pack(gate_up.T, rows))
                 self._down_backward.append(_pack(down.T, rows))
 
-    def gate_up(self, e: int, x: Tensor, out: Tensor) -> Tensor:
+    def gate_up(self, e: int, x: Tensor, out: Tensor, add: bool) -> None:
         """See `Products.gate_up`."""
-        return _linear(x, self._gate_up[e])
+        _multiply_packed(x, self._gate_up[e], out, add)
 
-    def down(self, e: int, mid: Tensor, out: Tensor) -> Tensor:
+    def down(self, e: int, mid: Tensor, out: Tensor, add: bool) -> None:
         """See `Products.down`."""
-        return _linear(mid, self._down[e])
+        _multiply_packed(mid, self._down[e], out, add)
 
-    def down_backward(self, e: int, grad: Tensor, out: Tensor) -> Tensor:
+    def down_backward(self, e: int, grad: Tensor, out: Tensor, add: bool) -> None:
         """See `Products.down_backward`."""
-        if not self._down_backward:
-            return self._source.down_backward(e, grad, out)
-        return _linear(grad, self._down_backward[e])
+        if self._down_backward:
+            _multiply_packed(grad, self._down_backward[e], out, add)
+        else:
+            self._source.down_backward(e, grad, out, add)
 
-    def gate_up_backward(self, e: int, grad: Tensor, out: Tensor) -> Tensor:
+    def gate_up_backward(self, e: int, grad: Tensor, out: Tensor, add: bool) -> None:
         """See `Products.gate_up_backward`."""
-        if not self._gate_up_backward:
-            return self._source.gate_up_backward(e, grad, out)
-        return _linear(grad, self._gate_up_backward[e])
+        if self._gate_up_backward:
+            _multiply_packed(grad, self._gate_up_backward[e], out, add)
+        else:
+            self._source.gate_up_backward(e, grad, out, add)
 
 
 def _pack(weight: Tensor, rows: int) -> Tensor:
     return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), rows)
 
 
-def _linear(x: Tensor, packed: Tensor) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
+def _multiply_packed(x: Tensor, packed: Tensor, out: Tensor, add: bool) -> None:
+    """out (+)= x @ weight.T, rounded once: oneDNN adds before it rounds."""
+    if add:
+        out.copy_(torch.ops.mkldnn._linear_pointwise.binary(x, out, packed, None, "add"))
+    else:
+        out.copy_(torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], ""))
 
 
-def _multiply(x: Tensor, weight: Tensor, out: Tensor) -> None:
-    """out = x @ weight.T: [n, in] x [out, in] -> [n, out]."""
+def _multiply(x: Tensor, weight: Tensor, out: Tensor, add: bool) -> None:
+    """out (+)= x @ weight.T: [n, in] x [out, in] -> [n, out]."""
     for rows, block in _blocks(weight, x):
-        torch.mm(x, block.T, out=out[:, rows])
+        part = out[:, rows]
+        torch.addmm(part, x, block.T, beta=int(add), out=part)
 
 
-def _multiply_transposed(grad: Tensor, weight: Tensor, out: Tensor, add: bool = False) -> None:
-    """out = grad @ weight, or added to `out`: [n, out] x [out, in] -> [n, in]."""
+def _multiply_transposed(grad: Tensor, weight: Tensor, out: Tensor, add: bool) -> None:
+    """out (+)= grad @ weight: [n, out] x [out, in] -> [n, in]."""
     for rows, block in _blocks(weight, grad):
         torch.addmm(out, grad[:, rows], block, beta=int(add or rows.start > 0), out=out)
 

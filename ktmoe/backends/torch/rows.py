@@ -102,10 +102,10 @@ class Rows:
 
 
 def padded(count: int) -> int:
-    """The number of rows that is computed for `count`: a multiple of 16, and of a sixteenth of the next power of two.
+    """The number of rows that is computed for `count`: a multiple of 8, and of a sixteenth of the next power of two.
 
-    oneDNN compiles a primitive for every number of rows, which takes longer than most products of one expert. These
-    are 16 numbers up to 256 and 8 for every doubling, and 3 % more rows where there are many.
+    oneDNN compiles a primitive for every number of rows, which takes as long as a large product. These are 16 numbers
+    up to 128 and 8 for every doubling; large numbers grow by 3 %.
     """
-    step = max(16, 1 << max(0, (count - 1).bit_length() - 4))
+    step = max(8, 1 << max(0, (count - 1).bit_length() - 4))
     return -(-count // step) * step
