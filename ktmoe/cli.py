@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import subprocess
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
 import typer
 
 import ktmoe
-from ktmoe.types import KernelError, KTError
+from ktmoe.exits import run
+from ktmoe.types import KTError
 
 
 app = typer.Typer(
@@ -19,22 +18,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,  # a traceback is for bugs, and then a plain one
     help="LoRA fine-tuning of mixture-of-experts models whose experts run on the CPU.",
 )
-
-
-def run(command: Callable[[], None]) -> None:
-    """Runs a command; what the user can mend becomes one message on stderr and exit code 2.
-
-    Raises:
-        SystemExit: with the code.
-    """
-    try:
-        command()
-    except (KTError, KernelError) as error:  # a kernel that fails its checks: the message says what to use instead
-        typer.echo(f"ktmoe: {error}", err=True)
-        raise SystemExit(2) from None
-    except subprocess.CalledProcessError as error:  # torchrun, whose worker has said why
-        typer.echo(f"ktmoe: the training process ended with exit code {error.returncode}; see above.", err=True)
-        raise SystemExit(error.returncode) from None
 
 
 def _version(asked: bool) -> None:
@@ -123,8 +106,8 @@ def verify(
 ) -> None:
     """Check the kernel on this machine: accuracy against the specification, traps, memory over time, throughput.
 
-    Weights are drawn, not read: those of a model are checked whenever they are loaded. Of MODEL, only config.json is
-    needed.
+    Weights are drawn; where MODEL is a folder with safetensors, every expert is checked on its own weights too, and
+    how far INT8 is from bf16 on them is shown. Otherwise only config.json is needed.
     """
     from ktmoe.verify import report, results
 
@@ -140,7 +123,7 @@ def verify(
 def merge(
     model: Annotated[str, typer.Argument(help="The base model: a folder with safetensors, or a hub name.")],
     adapter: Annotated[str, typer.Argument(help="The LoRA adapter: a folder, or a hub name.")],
-    out: Annotated[Path, typer.Argument(help="Where the merged model goes: a folder that is not there yet.")],
+    out: Annotated[Path, typer.Argument(help="Where the merged model goes: a folder, new or without a model in it.")],
 ) -> None:
     """Merge an adapter into its base model: a plain checkpoint that transformers and serving engines load.
 

@@ -57,7 +57,9 @@ class KTConfig:
         "auto", "What computes the routed experts: AMXBF16 and AMXInt8 (the kernel), torch, reference, or auto."
     )
     kt_num_threads: int | None = _key(
-        None, "CPU threads of the kernel. Default: measured, up to the physical cores that the process may use."
+        None,
+        "CPU threads of the routed experts. Default: the kernel's are measured, up to the physical cores that the "
+        "process may use; the other backends take as many as torch has.",
     )
     kt_tp_enabled: bool = _key(
         False, "One pool of threads per NUMA node (at most 4), each holding a slice of every expert."

@@ -129,6 +129,8 @@ class MoEExperts(nn.Module):
                 packed = find_packed(decided, self.weights, self.config)  # before the gate, which takes seconds
                 self.plan = ensure_verified(decided, shape, self.config)
                 backend = build(self.plan, self.weights, shape, scaling, packed if is_kernel(self.plan) else None)
+                if backend.shape != shape:  # an object that was there already, built for a larger rank
+                    self.plan = ensure_verified(self.plan, backend.shape, self.config)
                 if is_kernel(self.plan):
                     backend, self.plan = probe(backend, self.plan, self.weights, self.config)
             self._backend = RetainedForwards(backend, self.config.kt_cpu_activation)
@@ -189,6 +191,10 @@ class MoEExperts(nn.Module):
         if self._backend is not None:
             self._backend.close()
             self._backend = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickle and copies: without the backend, which is loaded again when it is first needed."""
+        return {**vars(self), "_backend": None}
 
     def _apply(self, fn: Any, recurse: bool = True) -> MoEExperts:
         """Stays on the CPU, since the experts do not fit elsewhere, and its LoRA stays an fp32 master."""

@@ -6,6 +6,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
@@ -16,6 +17,8 @@ from ktmoe.validation import own_settings
 
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
 
     from ktmoe.types import Gradients, Inputs, MoEShape
@@ -24,6 +27,19 @@ if TYPE_CHECKING:
 STATELESS = 0  # the ticket of a backend that keeps nothing between forward and backward
 _MADE_HERE: WeakSet[Backend] = WeakSet()  # not the copies that a forked child has of its parent's
 os.register_at_fork(after_in_child=_MADE_HERE.clear)
+
+
+@dataclass(frozen=True)
+class Int8:
+    """How an INT8 backend is built, as far as its numbers depend on it (`ktmoe_reference.int8_experts_forward`).
+
+    Attributes:
+        requantised: whether the backward copies of the weights are quantised from the forward's 8 bits.
+        tp: parts of I, each quantised by itself.
+    """
+
+    requantised: bool
+    tp: int
 
 
 class Backend(ABC):
@@ -37,6 +53,9 @@ class Backend(ABC):
         shape: what it was built for.
         compute_dtype: the dtype that `Inputs.hidden_states` must have.
         reloaded: whether the weights are in an object that held another layer's before.
+        int8: for backends that compute in 8 bits, which are judged by that arithmetic; None for the others.
+        distance: how far an 8-bit format is from the exact formula on this layer, as the load probe found it: of the
+            output, [E], and perhaps of the input gradient. Empty if nobody looked.
         bets: whether a training forward without grad should save all the same: the first pass of reentrant
             checkpointing is one, and its recompute can then be answered without computing.
         threads: torch's threads while it computes; None: as many as torch has.
@@ -46,6 +65,8 @@ class Backend(ABC):
     shape: MoEShape
     compute_dtype: torch.dtype
     reloaded: bool = False
+    int8: Int8 | None = None
+    distance: Sequence[Tensor] = ()
     bets: bool = False
     threads: int | None = None
 

@@ -25,7 +25,7 @@ def plan(config: KTConfig, shape: MoEShape) -> Plan:
     tp = row.largest_tp(shape) if config.kt_tp_enabled else 1
     if config.kt_weight_path and row.takes_packed:
         PackedModel(config.kt_weight_path).check(shape, tp, kt.version())
-    threads = config.kt_num_threads or max(1, usable_cores() - cores_to_leave())
+    threads = config.kt_num_threads or (max(1, usable_cores() - cores_to_leave()) if row.is_kernel else None)
     return Plan(chosen, threads, tp, config.kt_max_len or 4096, config.kt_share_backward != "off", reasons)
 
 

@@ -59,6 +59,7 @@ class RetainedForwards(Backend):
         self.backend, self.mode = backend, mode
         self.name, self.shape, self.compute_dtype = backend.name, backend.shape, backend.compute_dtype
         self.threads = backend.threads
+        self.int8, self.distance = backend.int8, backend.distance
         self.reloaded, self.scaling = backend.reloaded, getattr(backend, "scaling", 1.0)
         self.bets = mode != "recompute"
         self.answered = 0

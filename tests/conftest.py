@@ -7,6 +7,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+import real_model as real_models
+
 
 # Before torch and the Hugging Face libraries are imported, which read these once; child processes inherit them.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -75,6 +77,25 @@ def pytest_runtest_setup(item):
 def kernel():
     """The module `ktmoe.backends.kt.kernel`, on hosts where it can compute; elsewhere the test is skipped."""
     return kernel_backend
+
+
+@pytest.fixture(scope="session")
+def real_model():
+    """SmolLM2-135M-Instruct, dense and upcycled, as `real_model.RealModel`; skipped where the package is missing."""
+    return _or_skip(real_models.checkpoints)
+
+
+@pytest.fixture(scope="session")
+def real_layers():
+    """As `real_model`, the first four layers only."""
+    return _or_skip(real_models.few_layers)
+
+
+def _or_skip(make):
+    try:
+        return make()
+    except ModuleNotFoundError as error:
+        pytest.skip(f"real model NOT verified: {error}")
 
 
 def pytest_terminal_summary(terminalreporter):

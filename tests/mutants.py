@@ -191,7 +191,7 @@ class Mutant:
 
     def __init__(self, backend, inputs=None, output=None, gradients=None):
         self.backend, self.inputs, self.output, self.gradients = backend, inputs, output, gradients
-        self.shape, self.compute_dtype = backend.shape, backend.compute_dtype
+        self.shape, self.compute_dtype, self.int8 = backend.shape, backend.compute_dtype, backend.int8
 
     def forward(self, inputs, *, save):
         inputs = self.inputs(inputs) if self.inputs else inputs

@@ -13,7 +13,7 @@ import ktmoe
 from ktmoe import KTConfig, KTError, MoEExperts
 from ktmoe.adapters.model import get_peft_model
 from ktmoe.gate import gate
-from ktmoe.models.attaching import attach, moe_layers, summary
+from ktmoe.models import attach, moe_layers, summary
 
 
 def layers_with_lora(made):

@@ -18,7 +18,7 @@ from torch import nn
 
 import ktmoe
 from ktmoe import KTConfig, KTError
-from ktmoe.models.attaching import attach, check_model, detach, expert_shapes, moe_layers, unwrapped_layers
+from ktmoe.models import attach, check_model, detach, expert_shapes, moe_layers, unwrapped_layers
 from ktmoe.models.families import ROWS, find
 
 

@@ -6,7 +6,7 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
 from ktmoe import KTConfig
-from ktmoe.models.attaching import attach
+from ktmoe.models import attach
 
 
 CONFIG = Qwen3MoeConfig(

@@ -133,11 +133,11 @@ def test_resume_is_bitwise_not_stopping(workspace):
 
 def test_the_reference_model_runs_on_ktmoe_too(workspace, monkeypatch):
     """The model itself as an explicit reference gives what switching the adapter off gives, bit for bit."""
-    from ktmoe.llamafactory import patches
+    from ktmoe.llamafactory import loading
 
-    streamed, stream = [], patches.stream
+    streamed, stream = [], loading.stream
     monkeypatch.setattr(
-        patches, "stream", lambda *args, **kwargs: streamed.append(stream(*args, **kwargs)) or streamed[-1]
+        loading, "stream", lambda *args, **kwargs: streamed.append(stream(*args, **kwargs)) or streamed[-1]
     )
     implicit = workspace.run("implicit", stage="dpo", max_steps=3)
     explicit = workspace.run("explicit", stage="dpo", max_steps=3, ref_model=str(workspace.model))

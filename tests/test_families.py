@@ -11,7 +11,7 @@ from helpers import relative
 
 import ktmoe
 from ktmoe import KTConfig, KTError
-from ktmoe.models.attaching import attach, check_model, moe_layers, unwrapped_layers
+from ktmoe.models import attach, check_model, moe_layers, unwrapped_layers
 from ktmoe.models.families import expert_modules
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,9 +11,10 @@ from helpers import KERNEL_BACKENDS, SMALL, loaded, run_python, weights
 
 from ktmoe import KernelError, KTConfig, KTError, MoEExperts
 from ktmoe.backends import TABLE
+from ktmoe.backends.kt import KernelBackend
 from ktmoe.backends.torch import TorchBackend
-from ktmoe.cli import run
-from ktmoe.gate import certificate, contract, gate
+from ktmoe.exits import run
+from ktmoe.gate import certificate, contract, distance, gate, load_probe
 from ktmoe.planning import plan
 from ktmoe.types import ExpertWeights
 
@@ -70,7 +72,7 @@ def test_a_full_check_runs_at_every_start(name, cache, monkeypatch):
     monkeypatch.setattr(gate, "_run_gate", lambda about, level: ran.append(level) or [])
     dtypes = []
     real = gate.probe_problems
-    monkeypatch.setattr(gate, "probe_problems", lambda *args: dtypes.append(args[3]) or real(*args))
+    monkeypatch.setattr(gate, "probe_problems", lambda *args: dtypes.append(args[3].dtype) or real(*args))
     for _ in range(2):
         MoEExperts(weights(), top_k=2, r=4, config=config)
     assert ran == ["full", "full"]
@@ -118,7 +120,7 @@ class Broken:
 
     def __init__(self, backend, fault):
         self.backend, self.fault = backend, fault
-        self.shape, self.compute_dtype = backend.shape, backend.compute_dtype
+        self.shape, self.compute_dtype, self.int8 = backend.shape, backend.compute_dtype, backend.int8
 
     def forward(self, inputs, *, save):
         out, ticket = self.backend.forward(inputs, save=save)
@@ -145,25 +147,26 @@ class Broken:
 )
 def test_the_contract_rejects_faults(name, fault):
     backend, case = loaded(name, SMALL)
-    rows = contract.measure(case, contract.answer(Broken(backend, fault), case), contract.specification(case))
+    expected = contract.specification(case, int8=backend.int8)
+    rows = contract.measure(case, contract.answer(Broken(backend, fault), case), expected)
     assert bool(contract.violations(rows, TABLE[name].required)) == (fault is not None)
 
 
 @every_kernel
-@pytest.mark.parametrize("dtype", [level.probe_dtype for level in gate.LEVELS.values()])
-def test_the_load_probe_finds_a_swapped_and_a_misread_expert(name, dtype):
+@pytest.mark.parametrize("depth", [level.probe for level in gate.LEVELS.values()])
+def test_the_load_probe_finds_a_swapped_and_a_misread_expert(name, depth):
     """The kernel was given other weights than the source holds: its own numbers are consistent, and wrong."""
     backend, case = loaded(name, SMALL)
     limits = TABLE[name].required
-    assert gate.probe_problems(backend, case.weights, limits, dtype, True) == []
+    assert gate.probe_problems(backend, case.weights, limits, depth, True) == []
     swapped = case.weights.up_proj[torch.tensor([0, 2, 1, 3])]
-    found = gate.probe_problems(backend, dataclasses.replace(case.weights, up_proj=swapped), limits, dtype, True)
+    found = gate.probe_problems(backend, dataclasses.replace(case.weights, up_proj=swapped), limits, depth, True)
     assert {f.split(":")[0] for f in found} == {
         f"{n} of expert {e}" for n in ("output", "input gradient") for e in (1, 2)
     }
     torn = case.weights.down_proj.clone()
     torn[3, 40:] = 0
-    found = gate.probe_problems(backend, dataclasses.replace(case.weights, down_proj=torn), limits, dtype, False)
+    found = gate.probe_problems(backend, dataclasses.replace(case.weights, down_proj=torn), limits, depth, False)
     assert {f.split(":")[0] for f in found} >= {"output of expert 3"}
 
 
@@ -283,3 +286,79 @@ def test_a_cache_that_cannot_be_written_is_no_failure(tmp_path, monkeypatch):
     with pytest.warns(UserWarning, match="certificate cannot be kept"):
         certificate.write(about)
     assert not certificate.exists(about)
+
+
+INT8 = pytest.param("AMXInt8", marks=[pytest.mark.kernel])
+
+
+@pytest.mark.parametrize("name", [INT8])
+@pytest.mark.parametrize("share_backward", [True, False])
+@pytest.mark.parametrize("change", [None, "exact", "another backward copy", "another number of parts"])
+def test_an_int8_kernel_is_judged_by_the_arithmetic_that_it_is_built_for(name, share_backward, change):
+    case = contract.draw_case(dataclasses.replace(SMALL, hidden_size=128, intermediate_size=128), 64, 0)
+    backend = Broken(KernelBackend(name, case.weights, case.shape, scaling=2.0, share_backward=share_backward), None)
+    backend.name = name
+    if change == "exact":
+        backend.int8 = None
+    elif change == "another backward copy":
+        backend.int8 = dataclasses.replace(backend.int8, requantised=not share_backward)
+    elif change == "another number of parts":
+        backend.int8 = dataclasses.replace(backend.int8, tp=2)
+    assert bool(contract.judge(backend, case, TABLE[name].required)) == (change is not None)
+
+
+@pytest.mark.parametrize("name", [INT8])
+def test_an_int8_kernel_in_parts_passes(name):
+    case = contract.draw_case(dataclasses.replace(SMALL, hidden_size=128, intermediate_size=256), 64, 0)
+    for tp in (1, 2, 4):
+        backend = KernelBackend(name, case.weights, case.shape, scaling=2.0, tp=tp, threads=tp)
+        assert contract.judge(backend, case, TABLE[name].required) == []
+
+
+@pytest.mark.parametrize("name", [INT8])
+def test_layer_after_layer_the_probe_asks_int8_about_other_experts(name, monkeypatch):
+    """A kernel that is slightly wrong for one expert, too little to stand out, is found within 64 layers."""
+    case = contract.draw_case(dataclasses.replace(SMALL, num_experts=20), 1, 0)
+    backend, asked = KernelBackend(name, case.weights, case.shape), []
+    real = load_probe._in_8_bits
+    monkeypatch.setattr(load_probe, "_in_8_bits", lambda *args: asked.append(args[2]) or real(*args))
+    monkeypatch.setattr(load_probe, "_FAR", float("inf"))
+    monkeypatch.setattr(load_probe, "_LENGTH", float("inf"))
+    quick, full = (level.probe for level in gate.LEVELS.values())
+    for _ in range(64):
+        assert load_probe.probe_problems(backend, case.weights, TABLE[name].required, quick, False) == []
+    assert sorted(asked) == list(range(20))
+    asked.clear()
+    load_probe.probe_problems(backend, case.weights, TABLE[name].required, full, False)
+    assert sorted(asked) == list(range(20))
+
+
+@pytest.mark.parametrize("name", [INT8])
+@pytest.mark.parametrize(
+    ("first", "second", "refused"),
+    [(0.03, 0.001, False), (0.03, 0.03, True), (0.2, 0.001, True), (float("nan"), 0.001, True)],
+)
+def test_one_token_whose_largest_number_was_rounded_the_other_way_is_no_fault(
+    name, monkeypatch, first, second, refused
+):
+    backend, case = loaded(name, SMALL)
+    answers = iter([first, second])
+    monkeypatch.setattr(load_probe, "_errors", lambda *args, **kwargs: [torch.full((4,), next(answers))])
+    found = load_probe.probe_problems(backend, case.weights, TABLE[name].required, gate.LEVELS["quick"].probe, False)
+    assert bool(found) == refused
+
+
+def test_how_far_the_format_is_is_one_sentence():
+    near, far = SimpleNamespace(name="AMXInt8"), SimpleNamespace(name="AMXInt8")
+    near.distance = [torch.tensor([0.02, 0.03])]
+    far.distance = [torch.tensor([0.05, 0.18]), torch.tensor([0.26, 0.04])]
+    assert distance.sentence({"a": SimpleNamespace(name="AMXBF16", distance=())}) == ""
+    said = distance.sentence({"layers.0": near})
+    assert "2.5 % from bf16" in said
+    assert "at most 3.0 %: layers.0, expert 1" in said
+    assert "15 % forward, 25 % backward" in said
+    assert "above" not in said
+    said = distance.sentence({"layers.0": near, "layers.1": far})
+    assert "7.0 % from bf16" in said
+    assert "layers.1, expert 1" in said
+    assert "2 experts are above that" in said

@@ -1,6 +1,7 @@
 """Models and adapters on the hub: found by every command as transformers and peft find them. Offline, from a cache."""
 
 import importlib.util
+import json
 import shutil
 
 import pytest
@@ -13,7 +14,7 @@ from transformers import AutoModelForCausalLM
 import ktmoe
 from ktmoe import KTError
 from ktmoe.convert import quantize
-from ktmoe.models.attaching import attach
+from ktmoe.models import attach
 
 
 COMMITS = {"main": "a" * 40, "v2": "b" * 40}
@@ -38,6 +39,13 @@ def stock(path, **options):
     return AutoModelForCausalLM.from_pretrained(path, **options)
 
 
+def say_fp32(folder):
+    """transformers writes the dtype that was loaded, and casts to it when it loads again."""
+    config = json.loads((folder / "config.json").read_text())
+    config[next(name for name in ("dtype", "torch_dtype") if name in config)] = "float32"
+    (folder / "config.json").write_text(json.dumps(config))
+
+
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory):
     """A cache with two revisions of a model and of an adapter, and the logits of both together.
@@ -50,10 +58,12 @@ def hub(tmp_path_factory):
         base = root / f"base-{revision}"
         save_model(base)
         made = stock(base).float()
+        (base / "model.safetensors").unlink()  # `save_pretrained` leaves it where it writes shards
         with torch.no_grad():
             for p in made.parameters():
                 p += 0.01 * n
         made.save_pretrained(base, max_shard_size="200KB" if n else "1GB")
+        say_fp32(base)
         adapted = moved(attach(stock(base), REFERENCE, lora=lora("q_proj", "experts")), seed=n)
         adapted.save_pretrained(root / f"adapter-{revision}")
         expected[revision] = logits(adapted)

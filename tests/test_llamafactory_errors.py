@@ -71,6 +71,8 @@ def train(llamafactory, model, tmp_path, monkeypatch):
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("LLAMAFACTORY_VERBOSITY", "WARNING")
 
+    (tmp_path / "dataset_info.json").write_text(json.dumps({"toy": {"file_name": "toy.json"}}))
+
     def run(*argv, command="train", **given):
         config = {
             "model_name_or_path": str(model),
@@ -79,6 +81,7 @@ def train(llamafactory, model, tmp_path, monkeypatch):
             "finetuning_type": "lora",
             "lora_rank": 8,
             "dataset": "toy",
+            "dataset_dir": str(tmp_path),
             "output_dir": str(tmp_path / "out"),
             "use_cpu": True,
             "bf16": True,
@@ -187,7 +190,7 @@ def test_rules_name_keys_of_llamafactory(llamafactory):
     """A key that LLaMA-Factory renames would never be refused again."""
     from llamafactory.hparams.parser import _TRAIN_ARGS
 
-    from ktmoe.llamafactory.preflight import _RULES
+    from ktmoe.llamafactory.rules import _RULES
 
     # `use_mca` is no key: LLaMA-Factory sets it while parsing.
     assert set(_RULES) - {f.name for cls in _TRAIN_ARGS for f in dataclasses.fields(cls)} <= {"use_mca"}
@@ -355,11 +358,18 @@ def test_llamafactorys_own_entry_point_checks_too(llamafactory, monkeypatch):
 
 
 def test_targets(train):
-    assert refused(train, lora_target="q_proj,gate_proj").startswith("lora_target: got gate_proj,q_proj; LoRA on the")
-    assert refused(train, lora_target="c_attn").startswith("lora_target: got c_attn; Qwen3MoeForCausalLM has no such")
+    assert refused(train, lora_target="q_proj,gate_proj").startswith("lora_target: got [gate_proj, q_proj]; LoRA on t")
+    assert refused(train, lora_target="c_attn").startswith("lora_target: got [c_attn]; Qwen3MoeForCausalLM has no suc")
+    assert refused(train, lora_target="c_attn").endswith("all is a good start.")
+    assert refused(train, lora_target="q_proj,experts.0").startswith("lora_target: got [experts.0, q_proj]; LoRA on t")
+    assert "peft has no LoRA for Qwen3MoeRMSNorm" in refused(train, lora_target="q_proj,input_layernorm")
+    assert refused(train, lora_target="q_proj,gate", lora_dropout=0.1).startswith("lora_dropout: got 0.1; model.layer")
+    assert refused(train, lora_target="q_proj,experts", use_dora=True).startswith("use_dora: got True; the routed exp")
+    with pytest.raises(Loaded):
+        train(lora_target="q_proj,v_proj", use_dora=True)
     for target in ("experts", "mlp", "layers.0"):
         assert refused(train, additional_target=target).startswith(f"additional_target: got '{target}', which means ")
-    for fits in ("experts", "q_proj,experts", "gate_proj,up_proj,down_proj", "q_proj,v_proj"):
+    for fits in ("experts", "q_proj,experts", "gate_proj,up_proj,down_proj", "q_proj,v_proj", "q_proj,gate", "all"):
         with pytest.raises(Loaded):
             train(lora_target=fits, additional_target="lm_head,mlp.gate")
 
@@ -428,3 +438,189 @@ def test_chat_and_export(train, model):
     done = CliRunner().invoke(app, ["eval", "x.yaml"])
     assert done.exit_code == 2
     assert "do_eval: true" in done.stderr
+
+
+EVALUATED = {"val_size": 0.1, "eval_strategy": "steps", "eval_steps": 10}
+LOGGERS = {
+    "tensorboard": ("tensorboard", "tensorboardX"),
+    "wandb": ("wandb",),
+    "mlflow": ("mlflow",),
+    "dvclive": ("dvclive",),
+}
+
+
+@pytest.mark.parametrize("logger", LOGGERS)
+def test_loggers_that_are_not_installed(train, logger):
+    if any(importlib.util.find_spec(name) for name in LOGGERS[logger]):
+        pytest.skip("installed")
+    message = refused(train, report_to=logger)
+    assert message.startswith(f"report_to: got ['{logger}']; ")
+    assert message.endswith("or write report_to: none.")
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"report_to": "nonsense"}, "nonsense"),
+        ({"early_stopping_steps": 2}, "metric_for_best_model"),
+        ({"early_stopping_steps": 2, "metric_for_best_model": "loss"}, "eval_strategy: steps with eval_dataset"),
+        ({"load_best_model_at_end": True}, "eval"),
+        ({"eval_strategy": "steps"}, "eval_dataset"),
+        ({"metric_for_best_model": "bleu", **EVALUATED}, "eval_bleu"),
+        ({"save_strategy": "best", **EVALUATED}, "metric_for_best_model"),
+        ({"lr_scheduler_type": "cosine_with_min_lr"}, "lr_scheduler_kwargs"),
+        ({"lr_scheduler_type": "warmup_stable_decay"}, "lr_scheduler_kwargs"),
+        ({"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": {"lr_end": 1.0}}, "lr_scheduler_type: got"),
+        ({"lr_scheduler_type": "cosine", "lr_scheduler_kwargs": {"nonsense": 1}}, "nonsense"),
+        ({"lr_scheduler_type": "cosin"}, "cosin"),
+        ({"optim": "adamw"}, "adamw"),
+        ({"optim": "adamw_torch", "learning_rate": -1.0}, "learning rate"),
+        ({"use_liger_kernel": True}, "use_liger_kernel: got true"),
+        ({"push_to_hub": True}, "push_to_hub: got true"),
+        ({"use_unsloth_gc": True}, "use_unsloth_gc: got true"),
+        ({"per_device_train_batch_size": 0}, "batch_size"),
+        ({"gradient_accumulation_steps": 0}, "zero"),
+        ({"dataloader_prefetch_factor": 2}, "prefetch"),
+        ({"cutoff_len": 0}, "cutoff_len: got 0"),
+        (
+            {"template": "qwen4_nothing"},
+            "template: got 'qwen4_nothing'; expected one of LLaMA-Factory's, such as",
+        ),
+        ({"dataset": "tony"}, "There are: toy."),
+        ({"dataset": "toy,tony"}, "There are: toy."),
+        ({"eval_dataset": "tony"}, "There are: toy."),
+        ({"dataset_dir": "nowhere"}, "dataset_dir names the folder"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
+)
+def test_what_the_trainer_would_refuse_after_loading(train, given, says, tmp_path):
+    message = refused(train, **given)
+    assert says in message
+    assert "Traceback" not in message
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"early_stopping_steps": 2, "load_best_model_at_end": True, "save_steps": 10, **EVALUATED},
+        {"metric_for_best_model": "eval_loss", "save_strategy": "best", **EVALUATED},
+        {
+            "eval_dataset": "toy",
+            "eval_on_each_dataset": True,
+            "metric_for_best_model": "eval_toy_loss",
+            "eval_strategy": "steps",
+        },
+        {"lr_scheduler_type": "warmup_stable_decay", "lr_scheduler_kwargs": {"num_decay_steps": 3}, "max_steps": 10},
+        {"lr_scheduler_type": "reduce_lr_on_plateau", **EVALUATED},
+        {"dataloader_num_workers": 2, "dataloader_prefetch_factor": 2, "dataloader_persistent_workers": True},
+        {"neftune_noise_alpha": 5, "label_smoothing_factor": 0.1, "max_grad_norm": 0.5, "weight_decay": 0.1},
+        {"per_device_train_batch_size": 64, "gradient_accumulation_steps": 64, "dataloader_drop_last": True},
+        {"use_unsloth_gc": True, "disable_gradient_checkpointing": True},
+        {"loraplus_lr_ratio": 16, "optim": "adafactor", "warmup_ratio": 0.1},
+        {"auto_find_batch_size": True, "torch_compile": False, "full_determinism": False},
+        {"stage": "dpo", "metric_for_best_model": "eval_rewards/accuracies", **EVALUATED},
+        {"do_train": False, "do_eval": True, "val_size": 0.1},
+    ],
+    ids=lambda given: " ".join(given),
+)
+def test_what_the_trainer_takes_goes_on_to_loading(train, given, tmp_path):
+    with pytest.raises(Loaded):
+        train(**given)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("folder", ["file/inside", "/proc/nobody/out", "x" * 300])
+def test_output_folders_that_cannot_be_made(train, tmp_path, folder):
+    (tmp_path / "file").write_text("")
+    message = refused(train, output_dir=str(tmp_path / folder))
+    assert message.startswith("output_dir: got ")
+
+
+def test_the_rehearsal_leaves_the_random_numbers_alone(train, monkeypatch):
+    """Else datasets would be sampled and split otherwise than by LLaMA-Factory itself."""
+    import torch
+    import transformers
+    from llamafactory.train import sft
+
+    drawn = []
+
+    def load(*args, **kwargs):
+        drawn.extend(torch.rand(3).tolist())
+        raise Loaded
+
+    monkeypatch.setattr(sft.workflow, "load_tokenizer", load)
+    with pytest.raises(Loaded):
+        train(seed=7)
+    transformers.set_seed(7)
+    assert drawn == torch.rand(3).tolist()
+
+
+@pytest.mark.parametrize(("stage", "name"), [("sft", "identity"), ("dpo", "dpo_en_demo")])
+def test_data_that_come_with_ktmoe(train, tmp_path, monkeypatch, stage, name):
+    """LLaMA-Factory's default folder is one of its repository."""
+    from llamafactory.data import loader
+    from llamafactory.train import tuner
+
+    monkeypatch.chdir(tmp_path)
+    read = []
+
+    def run_stage(model_args, data_args, training_args, *args):
+        rows = loader._get_merged_dataset(
+            data_args.dataset, model_args, data_args, training_args, "rm" if stage == "dpo" else stage
+        )
+        read.append(len(rows))
+        raise Loaded
+
+    monkeypatch.setattr(tuner, f"run_{stage}", run_stage)
+    with pytest.raises(Loaded):
+        train(dataset=name, dataset_dir="data", stage=stage)
+    assert read[0] > 10
+    assert "come with ktmoe" in refused(train, dataset="mine", dataset_dir="data")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "dataset_info.json").write_text(json.dumps({"mine": {"file_name": "mine.json"}}))
+    assert "There are: mine." in refused(train, dataset=name, dataset_dir="data")  # a folder of the user's own wins
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe_lora_sft_kt.yaml", "qwen3_moe_lora_dpo_kt.yaml"])
+def test_examples_run_in_an_empty_folder(train, model, tmp_path, monkeypatch, capsys, name):
+    """As the README has the command, for who has the package alone."""
+    from ktmoe.llamafactory import main
+
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    argv = [f"examples/{name}", f"model_name_or_path={model}", "use_cpu=true", "kt_backend=torch"]
+    with pytest.raises(Loaded):
+        main(argv)
+    assert "the example that comes with ktmoe is used" in capsys.readouterr().err
+    with pytest.raises(KTError, match="cannot be read"):
+        main(["examples/none.yaml"])
+    assert list((tmp_path / "empty").iterdir()) == []
+
+
+def test_torchrun_is_this_pythons(train, monkeypatch, tmp_path):
+    """Whatever `torchrun` comes first on PATH, and with spaces in paths."""
+    import subprocess
+
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "torchrun").write_text("#!/bin/sh\necho 'No module named torch' >&2; exit 1\n")
+    (tmp_path / "bin" / "torchrun").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("FORCE_TORCHRUN", "1")
+    started = []
+    stock = subprocess.run
+
+    def run(command, **kwargs):
+        started.append(command)
+        return stock([sys.executable, "-c", ""], **kwargs)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    with pytest.raises(SystemExit):
+        train("output_dir=a folder/of mine", "learning_rate=1e-4")
+    ((python, flag, module, *options, worker, config, first, second),) = started
+    assert (python, flag, module) == (sys.executable, "-m", "torch.distributed.run")
+    assert "--nproc_per_node 1" in " ".join(options)
+    assert os.path.basename(worker) == "worker.py"
+    assert os.path.isfile(worker)
+    assert config.endswith("config.yaml")
+    assert (first, second) == ("output_dir=a folder/of mine", "learning_rate=1e-4")

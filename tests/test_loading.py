@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 import ktmoe
 from ktmoe import KTConfig, KTError
-from ktmoe.models.attaching import moe_layers
+from ktmoe.models import moe_layers
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ from ktmoe.adapters.layer import LoraExperts
 from ktmoe.checkpoints.names import ExpertKey
 from ktmoe.convert import changes, writing
 from ktmoe.gate import gate
-from ktmoe.models.attaching import attach, detach, moe_layers
+from ktmoe.models import attach, detach, moe_layers
 from ktmoe.types import Lora
 
 

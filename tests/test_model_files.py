@@ -19,7 +19,7 @@ from ktmoe import KTError
 from ktmoe.checkpoints import files
 from ktmoe.checkpoints.files import find_files
 from ktmoe.convert import quantize
-from ktmoe.models.attaching import attach, moe_layers
+from ktmoe.models import attach, moe_layers
 
 
 INDEX = "model.safetensors.index.json"
@@ -227,7 +227,8 @@ def test_merge_and_quantize_read_the_same(folder, tmp_path, monkeypatch):
         pytest.skip("neither takes it")
     adapted = moved(attach(stock(path, **options), REFERENCE, lora=lora("q_proj", "experts")))
     adapted.save_pretrained(tmp_path / "adapter")
-    ktmoe.merge_adapter(path, tmp_path / "adapter", tmp_path / "out", model_options=options)
+    place = {"model_options": options} if options else {}
+    ktmoe.merge_adapter(path, tmp_path / "adapter", tmp_path / "out", **place)
     assert relative(logits(stock(tmp_path / "out")), logits(adapted)) < 1e-5
     if options:
         return
@@ -325,3 +326,23 @@ def test_a_tensor_of_the_experts_that_they_do_not_have(leaf, sources, tmp_path):
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(KTError, match=rf"model\.safetensors: {key} is no weight that the routed experts have"):
         ktmoe.load_model(tmp_path, REFERENCE, r=4)
+
+
+@pytest.mark.parametrize(
+    "leaf", ["q_proj.lora_A.weight", "q_proj.lora_A.default.weight", "q_proj.modules_to_save.weight"]
+)
+def test_lora_inside_the_models_file(leaf, sources, adapter_in, tmp_path):
+    """transformers loads the rest, and says so in a report among others."""
+    path = tmp_path / "model"
+    path.mkdir()
+    put(sources / "a/one", path)
+    adapter_in(tmp_path)
+    key = f"model.layers.1.self_attn.{leaf}"
+    save_file(load_file(path / "model.safetensors") | {key: torch.ones(4, 64)}, path / "model.safetensors")
+    for read in (
+        lambda: ktmoe.load_model(path, REFERENCE, r=4),
+        lambda: ktmoe.merge_adapter(path, tmp_path / "adapter", tmp_path / "out"),
+    ):
+        with pytest.raises(KTError, match=rf"model\.safetensors: {key} is LoRA, .* or save it as an adapter"):
+            read()
+    assert not (tmp_path / "out").exists()

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 import ktmoe
 from ktmoe import KTConfig, KTError
 from ktmoe.adapters.model import get_peft_model
-from ktmoe.models.attaching import attach, check_model, summary
+from ktmoe.models import attach, check_model, summary
 
 
 # Those whose adapters are tried here; tests/test_families.py has all.
@@ -85,7 +85,7 @@ def test_all_linear_trains_shared_experts_and_dense_layers_too(family, tmp_path)
         (["experts"], True),
         (["gate_proj", "up_proj", "down_proj"], True),
         ("all-linear", True),
-        (r".*\.(q_proj|experts\.\d+\.gate_proj)", True),
+        (r".*\.(q_proj|experts\.\d+\.(gate|up|down)_proj)", True),
         (["q_proj"], False),
         (r".*\.q_proj", False),
     ],
@@ -202,7 +202,7 @@ def test_sizes_are_checked_before_anything_is_loaded():
     [
         (dict(use_dora=True), "use_dora"),
         (dict(init_lora_weights="pissa"), "init_lora_weights"),
-        (dict(rank_pattern={"experts": 8}), "rank_pattern"),
+        (dict(rank_pattern={"up_proj": 8}), "rank_pattern"),
         (dict(target_modules=["gate_proj"]), "covers gate_proj, up_proj, down_proj together"),
     ],
 )

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 import ktmoe
 from ktmoe import KTError
 from ktmoe.convert import output, quantize
-from ktmoe.models.attaching import attach
+from ktmoe.models import attach
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ import ktmoe
 from ktmoe import KTError
 from ktmoe.checkpoints.reader import Checkpoint
 from ktmoe.convert import quantize
-from ktmoe.models.attaching import attach
+from ktmoe.models import attach
 
 
 METHODS = {
@@ -54,7 +54,7 @@ def folder(made, tmp_path):
     return shutil.copytree(made / "model", tmp_path / "model")
 
 
-def skeleton():
+def make_skeleton():
     with torch.device("meta"):
         return build("Qwen3-MoE", config("Qwen3-MoE"))
 
@@ -65,7 +65,7 @@ def ways(folder, made):
         "load": lambda: ktmoe.load_model(folder, REFERENCE, r=4),
         "merge": lambda: ktmoe.merge_adapter(folder, made / "adapter", folder.parent / "out"),
         "quantize": lambda: quantize.quantize_model(folder, folder.parent / "packed"),
-        "attach": lambda: attach(skeleton(), REFERENCE, r=4, checkpoint=Checkpoint(folder)),
+        "attach": lambda: attach(make_skeleton(), REFERENCE, r=4, checkpoint=Checkpoint(folder)),
     }
 
 

@@ -111,16 +111,122 @@ def test_lora_with_zero_b_and_merged_lora():
     )
 
 
-def test_int8():
-    w = torch.randn(7, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+def test_quantised_rows_and_their_product():
+    g = torch.Generator().manual_seed(1)
+    w = torch.randn(7, 64, dtype=torch.float64, generator=g)
     w[3] = 0
     q, scale = reference.quantize_int8(w)
     assert q.dtype == torch.int8
+    assert scale.dtype == torch.float32
     assert q.abs().max() == 127
-    assert ((reference.int8_round_trip(w) - w).abs() <= scale / 2 + 1e-12).all()
-    x = torch.randn(5, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
-    expected = reference.int8_round_trip(x) @ reference.int8_round_trip(w).T
-    torch.testing.assert_close(reference.int8_linear(x, w), expected, rtol=1e-12, atol=1e-12)
+    restored = reference.dequantize_int8(q, scale)
+    assert ((restored - w).abs() <= scale / 2 + 1e-6).all()
+    x = torch.randn(5, 64, dtype=torch.float64, generator=g)
+    expected = reference.dequantize_int8(*reference.quantize_int8(x)).double() @ restored.double().T
+    torch.testing.assert_close(reference.int8_matmul(x, q.T, scale.T), expected, rtol=1e-6, atol=1e-6)
+    by_column, column_scale = reference.quantize_int8(w, dim=0)
+    assert torch.equal(by_column.T, reference.quantize_int8(w.T)[0])
+    assert column_scale.shape == (1, 64)
+
+
+def test_int8_expert_by_hand():
+    """H = I = 2 without LoRA, worked out with pencil: numbers whose scales are powers of two and halves to round."""
+    x = torch.tensor([[127.0, 2.5]])  # scale 1; 2.5 rounds to 2
+    gate = torch.tensor([[254.0, 0.0], [0.0, 127.0]])  # scales 2 and 1: nothing lost
+    up = torch.tensor([[127.0, 0.0], [127.0, 127.0]])
+    down = torch.tensor([[127.0, 127.0], [0.0, 127.0]])
+
+    def bf16(v):
+        return torch.tensor(v).bfloat16().item()
+
+    g = [bf16(254.0 * 127), bf16(127.0 * 2)]
+    u = [bf16(127.0 * 127), bf16(127.0 * 129)]
+    mid = [bf16(a * b) for a, b in zip(g, u, strict=True)]  # silu(g) = g
+    step = max(mid) / 127
+    q = [round(m / step) for m in mid]
+    expected = [bf16(127 * step * (q[0] + q[1])), bf16(127 * step * q[1])]
+    assert reference.int8_expert_forward(x, gate, up, down)[0].tolist() == expected
+
+
+def test_int8_gradients_take_their_own_quantisation():
+    """The gradient of x is W_b^T of the quantised gradient; W_b has 8 bits per column, of W or of its 8 bits."""
+    g = torch.Generator().manual_seed(3)
+    gate, up, down = (torch.randn(*s, generator=g).bfloat16().float() for s in ((8, 4), (8, 4), (4, 8)))
+    x = torch.randn(3, 4, generator=g).bfloat16().float()
+    grad = torch.randn(3, 4, generator=g).bfloat16().float()
+    found = {}
+    for requantised in (True, False):
+        leaf = x.clone().requires_grad_()
+        out = reference.int8_expert_forward(leaf, gate, up, down, requantised=requantised)
+        (found[requantised],) = torch.autograd.grad(out, leaf, grad)
+        copies = [
+            reference.quantize_int8(
+                reference.dequantize_int8(*reference.quantize_int8(w)) if requantised else w, dim=0
+            )
+            for w in (gate, up, down)
+        ]
+
+        def bf16(t):
+            return t.bfloat16().float()
+
+        h_gate, h_up = (bf16(reference.int8_matmul(x, q.T, s.T)) for q, s in map(reference.quantize_int8, (gate, up)))
+        d_mid = bf16(reference.int8_matmul(grad, *copies[2]))
+        sigmoid = torch.sigmoid(h_gate)
+        d_gate = bf16(d_mid * h_up * sigmoid * (1 + h_gate * (1 - sigmoid)))
+        d_up = bf16(d_mid * h_gate * sigmoid)
+        expected = sum(bf16(reference.int8_matmul(d, *c)) for d, c in zip((d_gate, d_up), copies, strict=False))
+        torch.testing.assert_close(found[requantised], expected, rtol=2**-7, atol=1e-4)
+    assert not torch.equal(found[True], found[False])
+
+
+def test_int8_in_parts_is_quantised_part_by_part():
+    case = draw(torch.float32, intermediate=8) | {"lora": None}
+    case["hidden_states"] = case["hidden_states"].bfloat16().float()
+    half = [
+        {
+            "gate_proj": case["gate_proj"][:, s],
+            "up_proj": case["up_proj"][:, s],
+            "down_proj": case["down_proj"][:, :, s],
+        }
+        for s in (slice(4), slice(4, 8))
+    ]
+    halves = sum(reference.int8_experts_forward(**(case | h)) for h in half)
+    torch.testing.assert_close(reference.int8_experts_forward(**case, tp=2), halves, rtol=2**-6, atol=1e-2)
+    assert not torch.equal(reference.int8_experts_forward(**case, tp=2), reference.int8_experts_forward(**case))
+
+
+@pytest.mark.parametrize("lora", [True, False])
+def test_int8_is_near_the_exact_formula(lora):
+    g = torch.Generator().manual_seed(4)
+    e, h, i, r = 3, 64, 96, 4
+
+    def randn(*size):
+        return (torch.randn(*size, generator=g) * size[-1] ** -0.5).bfloat16().float()
+
+    adapter = {
+        f"{p}.lora_{ab}": randn(e, *size)
+        for p, (n_in, n_out) in {"gate_proj": (h, i), "up_proj": (h, i), "down_proj": (i, h)}.items()
+        for ab, size in (("A", (r, n_in)), ("B", (n_out, r)))
+    }
+    case = dict(
+        hidden_states=torch.randn(T, h, generator=g).bfloat16().float(),
+        top_k_index=draw()["top_k_index"],
+        top_k_weights=torch.rand(T, K, generator=g),
+        gate_proj=randn(e, i, h),
+        up_proj=randn(e, i, h),
+        down_proj=randn(e, h, i),
+        lora=adapter if lora else None,
+        scaling=2.0,
+    )
+    answers = []
+    for forward in (reference.int8_experts_forward, reference.experts_forward):
+        leaves = [case["hidden_states"].requires_grad_(), case["top_k_weights"].requires_grad_()]
+        leaves += [t.requires_grad_() for t in adapter.values()] if lora else []
+        out = forward(**case)
+        answers.append([out, *torch.autograd.grad(out.sin().sum(), leaves)])
+    for int8, exact in zip(*answers, strict=True):
+        error = ((int8 - exact).abs().mean() / exact.abs().mean()).item()
+        assert 0.002 < error < 0.1
 
 
 def test_imports_torch_alone():

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import ktmoe
 from ktmoe import KTError
-from ktmoe.models.attaching import attach, detach, moe_layers
+from ktmoe.models import attach, detach, moe_layers
 
 
 CODE = Path(__file__).parent / "remote_code" / "modeling_remote.py"

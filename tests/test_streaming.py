@@ -15,7 +15,7 @@ from transformers import Trainer, TrainingArguments
 import ktmoe
 from ktmoe import KTConfig, KTError
 from ktmoe.checkpoints.reader import Checkpoint
-from ktmoe.models.attaching import attach, moe_layers
+from ktmoe.models import attach, moe_layers
 
 
 def saved(family, folder, change=None, **changes):

@@ -9,13 +9,15 @@ from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
+import torch
 from test_devices import CONFIG
+from transformers import AutoModelForCausalLM
 
 from ktmoe import KTError, cli
 from ktmoe.backends import KERNEL_BACKENDS, TABLE, Limits, kt
 from ktmoe.backends.kt import extension, kernel
 from ktmoe.types import MoEShape
-from ktmoe.verify import accuracy, environment, plots, report, results, throughput, traps
+from ktmoe.verify import accuracy, environment, plots, report, results, throughput, traps, weights
 
 
 @pytest.fixture
@@ -30,6 +32,60 @@ def test_the_shapes_of_a_model(model, tmp_path):
         results.shapes_of(str(tmp_path / "nowhere"), 8)
     with pytest.raises(SystemExit, match="nowhere"):
         accuracy.main(["--model", str(tmp_path / "nowhere")])
+
+
+@pytest.fixture
+def with_weights(tmp_path):
+    """A checkpoint of the same model whose second layer has outliers, as real ones have."""
+    torch.manual_seed(0)
+    made = AutoModelForCausalLM.from_config(CONFIG).to(torch.bfloat16)
+    for experts in (m for n, m in made.named_modules() if n.endswith("1.mlp.experts")):
+        experts.down_proj.data[2, :, 5] *= 3000
+        experts.gate_up_proj.data[2, 5] *= 30
+    made.save_pretrained(tmp_path / "with-weights")
+    return str(tmp_path / "with-weights")
+
+
+def _set(monkeypatch, **changes):
+    monkeypatch.setitem(TABLE, "AMXInt8", replace(TABLE["AMXInt8"], **changes))
+
+
+@pytest.mark.kernel
+def test_a_models_own_weights_are_measured(with_weights, tmp_path, monkeypatch, capsys):
+    assert weights.main(["--model", with_weights, "--output", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    result = json.loads((tmp_path / "weights.json").read_text())
+    layers = result["data"]["layers"]
+    assert [one["backend"] for one in layers] == [b for b in KERNEL_BACKENDS for _ in range(len(layers) // 2)]
+    assert all(len(row) == 4 for one in layers for row in one["own"] + one["exact"])
+    for one in layers:
+        limit = TABLE[one["backend"]].expected
+        assert max(one["own"][0]) <= limit.forward
+        assert max(one["own"][1]) <= limit.backward
+    assert "format from bf16" in said
+    _set(monkeypatch, aimed_at=Limits(0.001, 0.001, 1))
+    assert weights.main(["--model", with_weights]) == 0  # no verdict
+    assert "further from bf16 than was aimed at" in capsys.readouterr().out
+    _set(monkeypatch, expected=Limits(1e-9, 1e-9, 1))
+    assert weights.main(["--model", with_weights]) == 1
+
+
+def test_weights_are_measured_where_they_are(with_weights, model, tmp_path, monkeypatch):
+    assert results.has_weights(with_weights)
+    assert not results.has_weights(model)
+    ran = []
+    monkeypatch.setattr(
+        report,
+        "_run",
+        lambda name, *args: ran.append(name) or dict(section=name, verdict="pass", summary="", problems=[], data={}),
+    )
+    for given, expected in (
+        (with_weights, list(report.SECTIONS)),
+        (model, [s for s in report.SECTIONS if s != "weights"]),
+    ):
+        ran.clear()
+        report.verify(tmp_path / "out", given, 4, 0, 1.0, False, results.console())
+        assert ran == expected
 
 
 @pytest.mark.parametrize("allowed", [False, True])

@@ -1,31 +1,28 @@
-"""Held-out loss, sample answers and logits, in plain torch and transformers: the same code before and after."""
+"""Losses, answers and logits, in plain torch and transformers: the same code before and after."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
+from torch.nn.functional import cross_entropy
+from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 IGNORE_INDEX = -100
+# What LLaMA-Factory's template `smollm` writes: SmolLM2's own chat template without its greeting as a system prompt.
+PROMPT = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 
 
-def encode_pair(tokenizer: PreTrainedTokenizerBase, record: dict[str, str]) -> tuple[list[int], list[int]]:
-    """Prompt and answer ids, as LLaMA-Factory's SFT makes them with the template ``qwen3_nothink``.
+def collate(tokenizer: PreTrainedTokenizerBase, pairs: list[tuple[str, str]]) -> dict[str, torch.Tensor]:
+    """Right-padded ``input_ids``, ``attention_mask`` and ``labels`` [B, L] of questions and answers.
 
-    LLaMA-Factory also trains on the newline that its template puts after the eos token. It is left out here: no reader
-    sees it, and a base model that has never met it would make the loss before fine-tuning look worse than it is.
+    Labels cover the answer and its end, as in training, except for the newline that the template puts after the end:
+    no reader sees it.
     """
-    user = {"role": "user", "content": record["instruction"]}
-    prompt = tokenizer.apply_chat_template([user], tokenize=False, add_generation_prompt=True)
-    answer = f"{record['output']}{tokenizer.eos_token}"
-    return tuple(tokenizer.encode(text, add_special_tokens=False) for text in (prompt, answer))
-
-
-def collate(tokenizer: PreTrainedTokenizerBase, records: list[dict[str, str]]) -> dict[str, torch.Tensor]:
-    """Right-padded ``input_ids``, ``attention_mask`` and ``labels``; labels only on the answers."""
-    rows = [encode_pair(tokenizer, record) for record in records]
+    rows = []
+    for question, answer in pairs:
+        texts = (PROMPT.format(question), f"{answer}{tokenizer.eos_token}")
+        rows.append([tokenizer.encode(text, add_special_tokens=False) for text in texts])
     length = max(len(prompt) + len(answer) for prompt, answer in rows)
     batch = {
         "input_ids": torch.full((len(rows), length), int(tokenizer.pad_token_id)),
@@ -41,61 +38,52 @@ def collate(tokenizer: PreTrainedTokenizerBase, records: list[dict[str, str]]) -
 
 
 @torch.inference_mode()
-def held_out_loss(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, records: list[dict[str, str]], batch_size: int = 16
-) -> float:
-    """Mean cross entropy per answer token, in nats, over all records."""
-    total, count = 0.0, 0
-    for start in range(0, len(records), batch_size):
-        batch = collate(tokenizer, records[start : start + batch_size])
+def answer_losses(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pairs: list[tuple[str, str]], batch_size: int = 16
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cross entropy of each answer, in nats, summed over its tokens [N], and the number of those tokens [N]."""
+    sums, counts = [], []
+    for start in tqdm(range(0, len(pairs), batch_size), desc="held-out questions", unit="batch", leave=False):
+        batch = collate(tokenizer, pairs[start : start + batch_size])
         labels = batch.pop("labels")[:, 1:]
         logits = model(**batch).logits[:, :-1].float()
-        total += torch.nn.functional.cross_entropy(
-            logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
-        ).item()
-        count += int((labels != IGNORE_INDEX).sum())
-    return total / count
+        losses = cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORE_INDEX, reduction="none")  # [B, L-1]
+        sums.append(losses.sum(1))
+        counts.append((labels != IGNORE_INDEX).sum(1))
+    return torch.cat(sums), torch.cat(counts)
 
 
 @torch.inference_mode()
-def sample_answers(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, records: list[dict[str, str]], max_new_tokens: int = 48
+def answers(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: list[str],
+    max_new_tokens: int = 40,
+    batch_size: int = 32,
 ) -> list[str]:
-    """Greedy answers, one record at a time."""
-    answers = []
-    for record in records:
-        prompt = torch.tensor([encode_pair(tokenizer, record)[0]])
-        output = model.generate(
-            input_ids=prompt,
-            attention_mask=torch.ones_like(prompt),
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-        answers.append(" ".join(tokenizer.decode(output[0, prompt.shape[1] :], skip_special_tokens=True).split()))
-    return answers
+    """Greedy answers on one line each, cut off after ``max_new_tokens``."""
+    texts = []
+    for start in tqdm(range(0, len(questions), batch_size), desc="answers", unit="batch", leave=False):
+        prompts = [PROMPT.format(question) for question in questions[start : start + batch_size]]
+        batch = tokenizer(
+            prompts, padding=True, padding_side="left", add_special_tokens=False, return_tensors="pt",
+            return_token_type_ids=False,
+        )  # fmt: skip
+        output = model.generate(**batch, max_new_tokens=max_new_tokens, do_sample=False)
+        for row in output[:, batch["input_ids"].shape[1] :]:
+            text = " ".join(tokenizer.decode(row, skip_special_tokens=True).split())
+            texts.append(text if tokenizer.eos_token_id in row else f"{text} ...")
+    return texts
 
 
 @torch.inference_mode()
-def fixed_logits(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, records: list[dict[str, str]]
-) -> torch.Tensor:
-    """Logits of a batch that never changes, at its tokens only: what two implementations are compared on."""
-    batch = collate(tokenizer, records[:4])
-    mask = batch["attention_mask"].bool()
-    return model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[mask].float()
+def logits(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pairs: list[tuple[str, str]]) -> torch.Tensor:
+    """Logits [T, V] at every token of the pairs: what two implementations of one model are compared by."""
+    batch = collate(tokenizer, pairs)
+    mask = batch.pop("attention_mask")
+    return model(input_ids=batch["input_ids"], attention_mask=mask).logits[mask.bool()].float()
 
 
-def report(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, records: list[dict[str, str]], samples: int
-) -> dict[str, Any]:
-    """Held-out loss and greedy answers of evenly spaced held-out questions."""
-    chosen = [records[index * len(records) // samples] for index in range(samples)]
-    return {
-        "loss": held_out_loss(model, tokenizer, records),
-        "samples": [
-            {"question": record["instruction"], "reference": record["output"], "answer": answer}
-            for record, answer in zip(chosen, sample_answers(model, tokenizer, chosen), strict=True)
-        ],
-    }
+def relative_difference(values: torch.Tensor, expected: torch.Tensor) -> float:
+    """Mean absolute difference, relative to the mean absolute value of what was expected."""
+    return ((values - expected).abs().mean() / expected.abs().mean()).item()

@@ -52,14 +52,21 @@ def short_names(modules: Iterable[str], names: Collection[str]) -> set[str]:
     return found
 
 
-def patterns(values: Mapping[str, float], default: float) -> dict[str, Any]:
-    """`rank_pattern` or `alpha_pattern`: modules whose value is not the default, by last name where that will do."""
+def patterns(values: Mapping[str, float], default: float, taken: Collection[str] = ()) -> dict[str, Any]:
+    """`rank_pattern` or `alpha_pattern`: modules whose value is not the default, by last name where that will do.
+
+    Args:
+        values: by module name.
+        default: of modules that no pattern matches.
+        taken: last names that other modules have too.
+    """
     found = {}
     for name, value in values.items():
         leaf = name.rpartition(".")[2]
         same = [v for n, v in values.items() if n.rpartition(".")[2] == leaf]
         if value != default:
-            found[re.escape(leaf if same.count(value) == len(same) else name)] = value
+            short = same.count(value) == len(same) and leaf not in taken
+            found[re.escape(leaf if short else name)] = value
     return found
 
 
@@ -124,11 +131,17 @@ def saved_config(
     elif experts:
         parameters |= {f"{n}.{p}" for n in short_names(experts, names) for p in ("gate_up_proj", "down_proj")}
     keys = {f"{n}.weight" if n in as_parameter else n: n for n in modules}
-    rank_pattern = patterns({key: ranks[n] for key, n in keys.items()}, saved["r"])
-    alpha_pattern = patterns({key: alphas[n] for key, n in keys.items()}, saved["lora_alpha"])
-    if experts and layout.adapter_format != PER_EXPERT:
+    taken = {*layout.projections.values(), "down_proj"} if experts else set()
+    rank_pattern = patterns({key: ranks[n] for key, n in keys.items()}, saved["r"], taken)
+    alpha_pattern = patterns({key: alphas[n] for key, n in keys.items()}, saved["lora_alpha"], taken)
+    of_experts = {n: (e.rank, _number(e.scaling * e.rank)) for n, e in experts.items()}
+    alike = len({*of_experts.values()}) == 1
+    if alike and layout.adapter_format != PER_EXPERT:
         rank_pattern[r"experts\.gate_up_proj"] = 2 * saved["r"]
         alpha_pattern[r"experts\.gate_up_proj"] = 2 * saved["lora_alpha"]
+    for name, (rank, alpha) in of_experts.items() if not alike else ():
+        for key, times in _patterns_of_layer(name, layout):
+            rank_pattern[key], alpha_pattern[key] = times * rank, times * alpha
     saved["target_modules"], saved["rank_pattern"] = sorted(targets), rank_pattern
     saved["alpha_pattern"] = {k: _number(v) for k, v in alpha_pattern.items()}
     if parameters:
@@ -139,6 +152,14 @@ def saved_config(
         if narrowed in saved:
             saved[narrowed] = None
     return saved
+
+
+def _patterns_of_layer(name: str, layout: CheckpointLayout) -> list[tuple[str, int]]:
+    """Patterns that reach one layer of routed experts in every form that it has to readers, and their factors."""
+    anywhere = re.escape(name)
+    for _, memory in layout.renames:
+        anywhere = anywhere.replace(re.escape(memory), r"\.\w+\.")
+    return [(rf"{anywhere}\.\d+\.\w+", 1), (rf"{anywhere}\.gate_up_proj", 2), (rf"{anywhere}\.down_proj", 1)]
 
 
 def _number(value: float) -> float:

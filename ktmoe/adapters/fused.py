@@ -88,15 +88,15 @@ def split(gate_up: Fused | None, down: Fused | None, shape: MoEShape) -> dict[st
 
 
 def unite(layers: Mapping[str, tuple[dict[str, Fused], MoEShape]]) -> dict[str, ExpertLora]:
-    """Projections of any ranks and scales, as layers that have one rank and one scale, exactly.
+    """Projections of any ranks and scales, as layers of which each has one rank and one scale, exactly.
 
-    Smaller ranks are filled up with zeros, and another scale goes into B.
+    Within a layer, smaller ranks are filled up with zeros, and another scale goes into B.
     """
-    every = [p for projections, _ in layers.values() for p in projections.values()]
-    rank = max((p.lora_A.shape[1] for p in every), default=0)
-    scaling = next((p.scaling for p in every if p.lora_A.shape[1] == rank), 1.0)
     united = {}
     for name, (projections, shape) in layers.items():
+        every = list(projections.values())
+        rank = max((p.lora_A.shape[1] for p in every), default=0)
+        scaling = next((p.scaling for p in every if p.lora_A.shape[1] == rank), 1.0)
         tensors = {}
         for key, size in shape.lora_shapes(rank).items():
             projection, side = key.split(".")

@@ -99,6 +99,11 @@ class LoraExperts(nn.Module, LoraLayer):
         known = inspect.signature(set_adapter).parameters
         set_adapter(self.active_adapters, **{k: v for k, v in extra.items() if k in known})
 
+    def saved_scaling(self, adapter_name: str) -> float:
+        """What the adapter was made with: peft's `set_scale` holds for a model in memory, not for its file."""
+        rank, alpha = self.r[adapter_name], self.lora_alpha[adapter_name]
+        return alpha / (math.sqrt(rank) if self.use_rslora[adapter_name] else rank)
+
     def stacked(self, adapter_name: str) -> dict[str, nn.Parameter]:
         """One adapter's six parameters by the names of `LORA_NAMES`; empty if it does not cover this layer."""
         if adapter_name not in self.lora_A:
@@ -106,12 +111,49 @@ class LoraExperts(nn.Module, LoraLayer):
         names = self.get_base_layer().shape(self.r[adapter_name]).lora_shapes()
         return {n: getattr(self, n.split(".")[1])[adapter_name][n.split(".")[0]] for n in names}
 
-    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """The experts with the active adapter, or without one while adapters are disabled or merged."""
+    def forward(
+        self,
+        hidden_states: Tensor,
+        top_k_index: Tensor,
+        top_k_weights: Tensor,
+        adapter_names: list[str] | None = None,
+        alora_offsets: Any = None,
+    ) -> Tensor:
+        """The experts with the active adapter, or without one while adapters are disabled or merged.
+
+        Args:
+            hidden_states: [T, H].
+            top_k_index: [T, K].
+            top_k_weights: [T, K].
+            adapter_names: one for each of the B rows of a batch, "__base__" for none; T is then B times a length.
+            alora_offsets: for other layers' LoRA variant.
+
+        Returns:
+            [T, H].
+        """
         if self.disable_adapters and self.merged:
             self.unmerge()
+        if adapter_names is not None and not self.disable_adapters:
+            return self._mixed(hidden_states, top_k_index, top_k_weights, adapter_names)
         without = self.disable_adapters or self.merged
-        active = [] if without else [a for a in self.active_adapters if a in self.lora_A]
+        return self._run(hidden_states, top_k_index, top_k_weights, [] if without else self.active_adapters)
+
+    def _mixed(self, hidden_states: Tensor, index: Tensor, weights: Tensor, adapter_names: list[str]) -> Tensor:
+        """Every row of a batch with an adapter of its own, as peft's layers do it."""
+        tokens, rows = len(hidden_states), len(adapter_names)
+        if self.merged:
+            raise KTError("adapter_names: given while adapters are merged. Call `unmerge_adapter` first.")
+        if not rows or tokens % rows:
+            raise KTError(f"adapter_names: got {rows} names for {tokens} tokens; expected one for every row.")
+        out = torch.zeros_like(hidden_states)
+        for name in dict.fromkeys(adapter_names):
+            row = torch.tensor([n == name for n in adapter_names], device=hidden_states.device)
+            mine = row.repeat_interleave(tokens // rows)
+            out[mine] = self._run(hidden_states[mine], index[mine], weights[mine], [name])
+        return out
+
+    def _run(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, adapters: list[str]) -> Tensor:
+        active = [a for a in adapters if a in self.lora_A]
         lora = None
         if len(active) == 1:
             lora = Lora(self.stacked(active[0]), self.scaling[active[0]])
@@ -149,21 +191,21 @@ class LoraExperts(nn.Module, LoraLayer):
         """
         base: MoEExperts = self.get_base_layer()
         names = [n for n in check_adapters_to_merge(self, adapter_names) or () if n in self.lora_A]
-        if not names:
-            return
         if safe_merge:
             self.check_merge(names)
-        weights = base.weights
-        if not base.original and self._source is None:
-            weights = ExpertWeights(*(torch.stack(list(getattr(base.weights, p))) for p in PROJECTIONS))
-        self._add(weights, names, 1.0)
-        before = base.weights
-        try:
-            base.use_weights(weights)
-        except BaseException:
-            if weights is before:
-                self._add(weights, names, -1.0)
-            raise
+        added = [n for n in names if self._changes(n)]
+        before = weights = base.weights
+        if added:
+            if not base.original and self._source is None:
+                weights = ExpertWeights(*(torch.stack(list(getattr(before, p))) for p in PROJECTIONS))
+            done: list[tuple[str, int]] = []
+            try:
+                self._add(weights, added, 1.0, done)
+                base.use_weights(weights)
+            except BaseException:
+                if weights is before:
+                    self._add(weights, added, -1.0, [], only=done)
+                raise
         if weights is not before:
             self._source = before
         self.merged_adapters.extend(names)
@@ -175,18 +217,30 @@ class LoraExperts(nn.Module, LoraLayer):
         if self._source is not None:
             source, self._source = self._source, None
             base.use_weights(source)
-        elif names:
-            self._add(base.weights, names, -1.0)
+        elif names := [n for n in names if self._changes(n)]:
+            self._add(base.weights, names, -1.0, [])
             base.use_weights(base.weights)
 
     @torch.no_grad()
-    def _add(self, weights: ExpertWeights, adapters: list[str], sign: float) -> None:
-        """Adds `sign * scaling * B A` of the adapters to the weights, in place."""
-        for projection in PROJECTIONS:
-            for e in range(weights.num_experts):
-                weight = getattr(weights, projection)[e]
-                for name in adapters:
-                    weight.copy_(weight.float() + sign * self._lora(name).delta(projection, e))
+    def _add(
+        self,
+        weights: ExpertWeights,
+        adapters: list[str],
+        sign: float,
+        done: list[tuple[str, int]],
+        only: list[tuple[str, int]] | None = None,
+    ) -> None:
+        """Adds `sign * scaling * B A` of the adapters to the weights, in place; `done` says how far it came."""
+        every = [(projection, e) for projection in PROJECTIONS for e in range(weights.num_experts)]
+        for projection, e in every if only is None else only:
+            weight = getattr(weights, projection)[e]
+            delta = torch.stack([self._lora(name).delta(projection, e) for name in adapters]).sum(0)
+            weight.copy_(weight.float() + sign * delta)
+            done.append((projection, e))
+
+    def _changes(self, adapter_name: str) -> bool:
+        """Whether merging an adapter would change a weight: a new one's B is zero."""
+        return any(p.any() for n, p in self.stacked(adapter_name).items() if n.endswith("lora_B"))
 
     def check_merge(self, adapter_names: list[str] | None, where: str = "the routed experts") -> None:
         """Refuses a merge whose result would not be finite.

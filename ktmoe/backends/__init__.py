@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
+
+from torch import get_num_threads  # `torch` is a module of this package
+
 from ktmoe.backends import kt, reference, torch
 from ktmoe.backends.kt import PackedLayer
 from ktmoe.backends.row import Limits, Plan, Row
 from ktmoe.backends.torch import TorchBackend
+from ktmoe.cores import usable_cores
 from ktmoe.interface import Backend
 from ktmoe.notices import say_once
 from ktmoe.types import ExpertWeights, MoEShape
@@ -40,4 +45,24 @@ def build(
     """
     if plan.note:
         say_once(f"ktmoe: the routed experts run on the {plan.backend} backend ({plan.note}).")
-    return TABLE[plan.backend].build(plan, weights, shape, scaling, packed)
+    if plan.threads and plan.threads > usable_cores():
+        say_once(
+            f"ktmoe: kt_num_threads: {plan.threads} threads on the {usable_cores()} cores that this process may use "
+            "(physical cores, affinity mask, container quota): they will wait for each other. Leave it out."
+        )
+    made = TABLE[plan.backend].build(plan, weights, shape, scaling, packed)
+    if not is_kernel(plan):
+        made.threads = plan.threads
+        if plan.threads is None:
+            _say_if_serial()
+    return made
+
+
+def _say_if_serial() -> None:
+    """Launchers set OMP_NUM_THREADS to 1 for everybody, so that torch leaves the other cores idle without a word."""
+    given, used, usable = os.environ.get("OMP_NUM_THREADS"), get_num_threads(), usable_cores()
+    if given and used < usable:
+        say_once(
+            f"ktmoe: the routed experts run on {used} of {usable} cores: OMP_NUM_THREADS is {given} (accelerate "
+            f"launch and torchrun set it to 1). kt_num_threads: {usable} gives them all."
+        )

@@ -34,7 +34,7 @@ class Plan:
 
     Attributes:
         backend: its name in the table.
-        threads: CPU threads of the kernel.
+        threads: CPU threads of the kernel, or of torch while it computes experts (None: as many as it has).
         tp: parts of the intermediate dimension.
         max_len: tokens per kernel call.
         share_backward: whether the layers share one repacked backward buffer.
@@ -42,7 +42,7 @@ class Plan:
     """
 
     backend: str
-    threads: int
+    threads: int | None
     tp: int
     max_len: int
     share_backward: bool
@@ -70,8 +70,9 @@ class Row:
         name: as in `kt_backend`.
         build: loads frozen weights. Takes the plan, the weights, what to build for, alpha / r of the LoRA that is
             usual, and the same weights packed on disk or None.
-        required: what the gate on a user's machine holds it to: the mission's limits.
+        required: what the gate on a user's machine holds it to, by the arithmetic that it has.
         expected: what it reaches, and what this project's own checks hold it to.
+        aimed_at: how far from the exact formula its format should be; information, where that is INT8's.
         describe: where it computes, for people.
         refuse_shape: why it cannot take a shape on any host, "" if it can.
         refuse_host: why it cannot run on this host, "" if it can.
@@ -84,6 +85,7 @@ class Row:
     build: Callable[[Plan, ExpertWeights, MoEShape, float, PackedLayer | None], Backend]
     required: Limits
     expected: Limits
+    aimed_at: Limits
     describe: Callable[[], str]
     refuse_shape: Callable[[MoEShape], str] = _nothing
     refuse_host: Callable[[], str] = _nothing

@@ -67,6 +67,8 @@ def find_files(
     choice = {k: options.get(k) for k in ("variant", "use_safetensors")}
     try:
         weights, index = _resolve(path, hub, **choice, transformers_weights=explicit)
+        if None in weights:  # transformers 4, offline
+            raise OSError("offline, and not in the cache")
     except (KeyError, TypeError, json.JSONDecodeError) as error:
         raise KTError(f"{path}: its index of shards cannot be read ({error!r}). Download it again.") from error
     except (OSError, ValueError) as error:

@@ -7,6 +7,7 @@ computes with them, and dropped by it when memory gets scarce.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -22,6 +23,7 @@ from ktmoe.types import PROJECTIONS, ExpertWeights, KTError, Stack
 
 
 _SCALE = "_scale_inv"  # what DeepSeek-V3 adds to the name of an FP8 matrix for its block scales
+_LORA = re.compile(r"\.(lora_(A|B|embedding_A|embedding_B|magnitude_vector)|modules_to_save)(\.|$)")
 _FLOATS = ("BF16", "F16", "F32", "F64")
 
 
@@ -102,7 +104,7 @@ class Checkpoint:
         )
 
     def check_numbers(self, names: CheckpointNames, parameters: Container[str]) -> None:
-        """Refuses tensors that are read into parameters and hold no floating-point numbers.
+        """Refuses tensors that are read into parameters and hold no floating-point numbers, and LoRA that is not read.
 
         Args:
             names: how this model's checkpoints name them.
@@ -112,8 +114,17 @@ class Checkpoint:
             KTError: names the file and the key.
         """
         for key, dtype in self._dtypes.items():
-            if dtype not in _FLOATS and not dtype.startswith("F8") and names.parameter(key, parameters):
+            plain, lora = dtype in _FLOATS or dtype.startswith("F8"), _LORA.search(key)
+            if plain and not lora:
+                continue
+            read = names.parameter(key, parameters)
+            if read and not plain:
                 raise self._wrong_dtype(key)
+            if lora and not read:
+                raise KTError(
+                    f"{self._file[key]}: {key} is LoRA, which this model has no place for. Merge it into the weights, "
+                    "or save it as an adapter (PeftModel.save_pretrained) and give that to ktmoe.load_adapter."
+                )
 
     def _wrong_dtype(self, key: str) -> KTError:
         return KTError(f"{self._file[key]}: {key} is {self._dtypes[key]}; {_PLAIN}")

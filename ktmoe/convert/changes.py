@@ -15,6 +15,7 @@ from ktmoe.checkpoints import Checkpoint, CheckpointNames, ExpertKey
 from ktmoe.types import PROJECTIONS, KTError, Lora
 
 
+REPLACED = ".original_module."  # in an adapter's keys: what a module that was trained whole was before
 _SCALE = "_scale_inv"
 _KINDS = (("shared_expert", "shared experts"), ("shared_mlp", "shared experts"), ("attn", "attention"))
 MERGE_THERE = "Merge this adapter with stock peft (merge_and_unload)."
@@ -119,7 +120,11 @@ def _expert_change(
 
 def _module_changes(adapter: Adapter) -> dict[str, Callable[[Tensor, int], Tensor]]:
     """By parameter name: what makes the merged tensor of the model's."""
-    changes = {parameter_of(k): _replacing(tensor) for k, tensor in adapter.rest.items() if ".lora_" not in k}
+    changes = {
+        parameter_of(k): _replacing(tensor)
+        for k, tensor in adapter.rest.items()
+        if ".lora_" not in k and REPLACED not in k
+    }
     for name, module in adapter.modules.items():
         embedding = f"{PREFIX}{name}.lora_embedding_A" in adapter.rest
         sides = (f"{PREFIX}{name}.lora_{f'embedding_{s}' if embedding else f'{s}.weight'}" for s in "AB")

@@ -11,7 +11,7 @@ from torch import nn
 
 from ktmoe.adapters import PREFIX, Adapter, checkpoint_layout, read_adapter
 from ktmoe.checkpoints import CheckpointNames
-from ktmoe.convert.changes import MERGE_THERE, parameter_of
+from ktmoe.convert.changes import MERGE_THERE, REPLACED, parameter_of
 from ktmoe.models import find, names_on_disk
 from ktmoe.types import KTError
 
@@ -61,6 +61,8 @@ def _check_modules(adapter: Adapter, model: nn.Module) -> None:
     """Refuses an adapter that is not of this model, or not plain LoRA."""
     parameters = {n: tuple(p.shape) for n, p in model.named_parameters()}
     for key, tensor in adapter.rest.items():
+        if REPLACED in key:
+            continue
         name, lora, side = key.removeprefix(PREFIX).partition(".lora_")
         if not lora:
             there = parameters.get(parameter_of(key), "no parameter of that name")

@@ -43,7 +43,7 @@ def quantize_model(
     """Packs a checkpoint's routed experts, layer by layer.
 
     Args:
-        model: a directory with safetensors, or a name on the hub.
+        model: a directory, or a name on the hub; the files are those that transformers reads.
         out: a folder, new or left by an earlier run: layers that are whole are not made again.
         tp: parts of tensor parallelism. They are part of the format: as many as the run that loads it will have.
         threads: of the kernel; default: the cores that the process may use.
@@ -56,12 +56,12 @@ def quantize_model(
             no space; or a folder that holds something else.
     """
     from ktmoe.checkpoints import Checkpoint, refuse_quantised
-    from ktmoe.models import experts_in, forget_fp8, model_configuration, skeleton
+    from ktmoe.models import experts_in, forget_fp8, make_skeleton, model_configuration
 
     model_config, _, _ = model_configuration(model, None, {})
     refuse_quantised(model, model_config)
     forget_fp8(model_config)
-    return pack(experts_in(skeleton(model_config), Checkpoint(model)), Path(out), str(model), tp, threads)
+    return pack(experts_in(make_skeleton(model_config), Checkpoint(model)), Path(out), str(model), tp, threads)
 
 
 def pack(

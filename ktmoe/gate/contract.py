@@ -1,20 +1,25 @@
-"""The contract: a drawn case, the fp64 specification's answer to it, and how far a backend may be from that.
+"""The contract: a drawn case, the specification's answer to it, and how far a backend may be from that.
+
+A backend that computes in 8 bits is judged by what 8 bits mean. How far that is from the exact formula is the format's
+own distance: reported, and no verdict on a kernel.
 
 The gate on the user's machine, `nox -s accuracy` and the tests all measure with these functions.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import torch
-from ktmoe_reference import LORA_NAMES, experts_forward
+from ktmoe_reference import LORA_NAMES, experts_forward, int8_experts_forward
 from torch import Tensor
 
 from ktmoe.backends import Limits, TorchBackend
-from ktmoe.interface import Backend
+from ktmoe.interface import Backend, Int8
 from ktmoe.types import ExpertWeights, Gradients, Inputs, Lora, MoEShape
 from ktmoe.validation import make_inputs
 
@@ -62,6 +67,8 @@ class Measurement:
         return ", ".join((self.name, *parts))
 
 
+# INT8 from the exact formula on drawn weights, which have no outliers: the format's distance, not the kernel's error.
+DRAWN_INT8 = Limits(0.035, 0.04, 0.01)
 ROUNDING_FLOOR = 0.002  # half a bf16 ulp, relative
 # Numbers drawn for one tensor; a larger one repeats them, which is ten times faster. A prime, so that rows start at
 # different places in the sequence: no two rows, and no two experts, are alike.
@@ -104,14 +111,23 @@ def draw_case(shape: MoEShape, tokens: int, seed: int) -> Case:
     return Case(shape, weights, Lora(lora, 2.0), randn(len(index), h), index, routing, randn(len(index), h))
 
 
-def specification(case: Case, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Gradients]:
-    """The reference's answer, by default in fp64: output [T, H] and all gradients."""
+def specification(
+    case: Case, dtype: torch.dtype = torch.float64, int8: Int8 | None = None
+) -> tuple[Tensor, Gradients]:
+    """The reference's answer, by default in fp64: output [T, H] and all gradients.
+
+    Args:
+        case: the layer and the call.
+        dtype: what sums and products are computed in.
+        int8: to answer in that 8-bit arithmetic instead of exactly.
+    """
     leaves = [case.hidden_states, case.top_k_weights, *case.lora]
     x, w, *lora = (t.detach().to(dtype).requires_grad_() for t in leaves)
     projections = (case.weights.gate_proj, case.weights.up_proj, case.weights.down_proj)
     tensors = dict(zip(LORA_NAMES, lora, strict=True))
+    forward: Any = functools.partial(int8_experts_forward, **asdict(int8)) if int8 else experts_forward
     with torch.enable_grad():
-        out = experts_forward(x, case.top_k_index, w, *projections, tensors, case.lora.scaling)
+        out = forward(x, case.top_k_index, w, *projections, tensors, case.lora.scaling)
         grads = torch.autograd.grad(out, [x, w, *lora], case.grad_output.to(dtype))
     return out.detach(), Gradients(grads[0], grads[1], list(grads[2:]))
 
@@ -184,6 +200,8 @@ def violations(
 def judge(backend: Backend, case: Case, limits: Limits) -> list[str]:
     """The gate's decision on one case: limits, and for BF16 the ratio to a torch computation in the same precision.
 
+    INT8 is compared with its own arithmetic, the others with the exact formula.
+
     Then once more with so few tokens that the kernel multiplies row by row instead of in blocks: its own choice for up
     to 4 E / K tokens. Few numbers scatter, so the limits alone hold there, not the projection. Each of these calls
     comes after one that differs in one thing: nothing that was kept of that one may answer it.
@@ -193,11 +211,11 @@ def judge(backend: Backend, case: Case, limits: Limits) -> list[str]:
     Returns:
         What breaks the contract, as sentences.
     """
-    expected = specification(case, torch.float32)
+    expected = specification(case, torch.float32, backend.int8)
     rows = measure(case, answer(backend, case), expected)
     found = violations(rows, limits, baseline(backend.name, case, expected))
     few = first_rows(case, max(1, 4 * case.shape.num_experts // case.shape.top_k))
-    expected = specification(few, torch.float32)
+    expected = specification(few, torch.float32, backend.int8)
     loose = replace(limits, projection=float("inf"))
     for what, other in _nearly(few).items():
         backend.forward(_inputs(backend, other), save=True)

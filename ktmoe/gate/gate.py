@@ -18,14 +18,14 @@ from typing import Any
 
 import torch
 
-from ktmoe.backends import TABLE, Limits, Plan, TorchBackend, build, is_kernel, kt
+from ktmoe.backends import TABLE, Plan, build, is_kernel, kt
 from ktmoe.config import KTConfig
 from ktmoe.gate import certificate, contract
+from ktmoe.gate.load_probe import Depth, probe_problems
 from ktmoe.interface import Backend
 from ktmoe.notices import say_once
 from ktmoe.retained import RetainedForwards
 from ktmoe.types import ExpertWeights, KernelError, KTError, MoEShape
-from ktmoe.validation import make_inputs
 
 
 _TIMEOUT = 600  # seconds; a gate takes one to ten
@@ -38,18 +38,21 @@ class Level:
     Attributes:
         seeds: drawn cases of the contract gate.
         tokens: in each case, besides two per expert, if `case_tokens` does not ask for more.
-        probe_dtype: what torch computes the load probe's reference in.
         every_gradient: whether the load probe computes the input gradient also where that tells nothing new.
+        probe: how closely the load probe looks.
     """
 
     seeds: int
     tokens: int
-    probe_dtype: torch.dtype
     every_gradient: bool
+    probe: Depth
 
 
 # quick: what a start may cost. full: run anew at every start, for those who doubt the kernel, or this file.
-LEVELS = {"quick": Level(1, 64, torch.bfloat16, False), "full": Level(8, 192, torch.float32, True)}
+LEVELS = {
+    "quick": Level(1, 64, False, Depth(torch.bfloat16, 64)),
+    "full": Level(8, 192, True, Depth(torch.float32, 1)),
+}
 _gradients_probed: set[tuple[Plan, MoEShape, bool]] = set()
 
 
@@ -99,7 +102,7 @@ def probe(backend: Backend, plan: Plan, weights: ExpertWeights, config: KTConfig
     alike = (plan, backend.shape, backend.reloaded)
     gradient = level.every_gradient or not plan.share_backward or alike not in _gradients_probed
     try:
-        problems = probe_problems(backend, weights, TABLE[plan.backend].required, level.probe_dtype, gradient)
+        problems = probe_problems(backend, weights, TABLE[plan.backend].required, level.probe, gradient)
     except KTError:
         backend.close()
         raise
@@ -113,53 +116,6 @@ def probe(backend: Backend, plan: Plan, weights: ExpertWeights, config: KTConfig
     backend.condemn()
     fallen = _fall_back(plan, config, "the load probe", problems)
     return build(fallen, weights, backend.shape, 1.0), fallen
-
-
-def probe_problems(
-    backend: Backend, weights: ExpertWeights, limits: Limits, dtype: torch.dtype, gradient: bool
-) -> list[str]:
-    """What the load probe finds wrong with each expert, as sentences.
-
-    Raises:
-        KTError: the weights are no numbers to compute with.
-
-    Args:
-        backend: with `weights` loaded.
-        weights: the source.
-        limits: for each expert's single token.
-        dtype: what torch computes in. bf16 reads the source as it is and takes a third of the time of fp32.
-        gradient: whether to compare the input gradient too.
-    """
-    shape = backend.shape
-    g = torch.Generator().manual_seed(shape.num_experts)
-    x = torch.randn(shape.num_experts, shape.hidden_size, generator=g).to(torch.bfloat16)  # [E, H]
-    grad = torch.randn(shape.num_experts, shape.hidden_size, generator=g).to(torch.bfloat16)
-    index = torch.full((shape.num_experts, shape.top_k), -1)
-    index[:, 0] = torch.arange(shape.num_experts)
-    routing = torch.ones(shape.num_experts, shape.top_k)
-    answers = []
-    # torch first: the kernel's threads spin on for 50 ms after a task, and would triple what torch takes.
-    for b in (TorchBackend(weights, shape, dtype), backend):
-        inputs = make_inputs(x, index, routing, None, shape, b.compute_dtype)
-        out, ticket = b.forward(inputs, save=gradient)
-        found = [out.float()]
-        if gradient:
-            found.append(b.backward(ticket, inputs, grad.to(b.compute_dtype)).hidden_states.float())
-        answers.append(found)
-    unusable = (~torch.stack([t.isfinite().all(-1) for t in answers[0]]).all(0)).nonzero().flatten().tolist()
-    if unusable:
-        raise KTError(
-            f"weights: expert {unusable[0]} gives NaN or infinite numbers for ordinary input in torch too "
-            f"({len(unusable)} of {shape.num_experts} experts): its weights hold such values or overflow {dtype}. Is "
-            "the checkpoint damaged?"
-        )
-    problems = []
-    tensors = (("output", limits.forward), ("input gradient", limits.backward))
-    for (name, limit), expected, got in zip(tensors, *answers, strict=False):
-        error = (got - expected).abs().mean(-1) / expected.abs().mean(-1).clamp_min(1e-30)  # [E]
-        wrong = (~(error <= limit)).nonzero().flatten().tolist()
-        problems += [f"{name} of expert {e}: relative error {error[e]:.4g}, limit {limit}" for e in wrong]
-    return problems
 
 
 def run_contract(about: dict[str, Any], level: str) -> list[str]:

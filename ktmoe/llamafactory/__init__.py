@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import os
-import shutil
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
-from ktmoe.llamafactory import keys
+from ktmoe.llamafactory import keys, shipped, torchrun
 
 
 __all__ = ["install", "main"]
@@ -32,6 +30,9 @@ def main(argv: Sequence[str], command: str = "train") -> None:
         KTError: arguments that the user can mend.
         SystemExit: from LLaMA-Factory's parser, or with the exit code of torchrun.
     """
+    if argv and (found := shipped.example(argv[0])):
+        print(f"ktmoe: {argv[0]}: no such file; the example that comes with ktmoe is used.", file=sys.stderr)
+        argv = [str(found), *argv[1:]]
     args = keys.flat(keys.read(argv))
     keys.check(args)
     if keys.uses_kt(args):
@@ -39,19 +40,16 @@ def main(argv: Sequence[str], command: str = "train") -> None:
     install()
     from llamafactory import cli, launcher
 
-    # It runs this file under torchrun; stock workers would know nothing of ktmoe.
-    launcher.__file__ = str(Path(__file__).with_name("worker.py"))
+    torchrun.use_own(launcher)
     sys.argv = ["ktmoe", command, *argv]
     cli.main()
 
 
 def _engage(args: keys.Args) -> None:
     """Checks what would otherwise fail while LLaMA-Factory is imported or launched, and sets how it launches."""
-    from ktmoe.llamafactory import preflight
+    from ktmoe.llamafactory import preflight, rules
 
     preflight.check_environment()
-    preflight.check_values(keys.values(args))
+    rules.check_values(keys.values(args))
     os.environ["USE_KT"] = "1"  # the launcher reads this, not the YAML: without it, several GPUs mean torchrun
     os.environ.setdefault("NPROC_PER_NODE", "1")  # for FORCE_TORCHRUN; its default is the number of GPUs
-    if shutil.which("torchrun") is None:  # a virtual environment that is used without being activated
-        os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", os.defpath), str(Path(sys.executable).parent)])

@@ -2,112 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import os
 import re
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
+from ktmoe.adapters import EXPERTS_FILE
 from ktmoe.checkpoints import refuse_quantised
-from ktmoe.config import KTConfig
 from ktmoe.llamafactory.arguments import kt_config
 from ktmoe.types import KTError
 
 
-def _off(value: Any) -> bool:
-    return not value or str(value).lower() in ("false", "none", "null", "no")
-
-
-def _is(expected: str) -> Callable[[Any], bool]:
-    return lambda value: value == expected
-
-
-def _one_of(*expected: str) -> Callable[[Any], bool]:
-    return lambda value: value in expected
-
-
-def _whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-
-def _number(value: Any) -> bool:
-    return value is None or (isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0)
-
-
-def _one_adapter(value: Any) -> bool:
-    names = value.split(",") if isinstance(value, str) else value or ()
-    return len(names) <= 1
-
-
-def _plain_optimizer(value: Any) -> bool:
-    return not str(getattr(value, "value", value)).lower().startswith(("galore", "apollo", "lomo", "adalomo"))
-
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 _EXPERT_LORA = re.compile(r"\.experts\..*lora_")
-_LORA = "Write finetuning_type: lora, or train with use_kt: false"
-_OWN_MODEL = "it brings a model class of its own, and the routed experts are found in transformers' classes"
-_OWN_OPTIMIZER = "it takes every parameter for the matrix of one layer, and expert LoRA is stacked over the experts"
-_NO_VALUE_HEAD = "reward models and PPO put a value head around the model, which is not built yet for such experts"
-_NOT_BUILT = "not built yet for experts on the CPU"
-_EVALUATE = "not built yet. Evaluate the loss (do_eval), or generate with the saved adapter in stock transformers"
-
-# name: what fits, what was expected, why or what to do
-_RULES: dict[str, tuple[Callable[[Any], bool], str, str]] = {
-    "finetuning_type": (_is("lora"), "lora", f"the experts' own weights are frozen. {_LORA}"),
-    "stage": (_one_of("sft", "dpo", "kto", "pt"), "sft, dpo, kto or pt", _NO_VALUE_HEAD),
-    "lora_rank": (_whole, "a whole number of at least 1", "8 is a good start"),
-    "lora_alpha": (_number, "a number above 0", "leave it out for twice lora_rank"),
-    "use_dora": (_off, "false", "the experts have plain LoRA only; LLaMA-Factory would ignore it"),
-    "pissa_init": (_off, "false", "the experts have plain LoRA only; LLaMA-Factory would ignore it"),
-    "pissa_convert": (_off, "false", "the experts have plain LoRA only"),
-    "adapter_name_or_path": (_one_adapter, "one adapter", "merge the others into the checkpoint first"),
-    "create_new_adapter": (_off, "false", "LLaMA-Factory would ignore it and go on training the given adapter"),
-    "use_galore": (_off, "false", f"it trains full weights. {_LORA}"),
-    "use_apollo": (_off, "false", f"it trains full weights. {_LORA}"),
-    "use_badam": (_off, "false", f"it trains full weights. {_LORA}"),
-    "use_muon": (_off, "false", f"{_OWN_OPTIMIZER}. Leave it out"),
-    "use_adam_mini": (_off, "false", f"{_OWN_OPTIMIZER}. Leave it out"),
-    "optim": (_plain_optimizer, "an optimizer that leaves backward alone", "adamw_torch is the default"),
-    "ref_model_adapters": (_one_adapter, "one adapter", "merge the others into the checkpoint first"),
-    "ref_model_quantization_bit": (_off, "none", "kt_backend holds for the reference model's experts too"),
-    "infer_backend": (_one_of("huggingface"), "huggingface", "vLLM and SGLang load the model by themselves"),
-    "use_llama_pro": (_off, "false", _NOT_BUILT),
-    "use_asft_loss": (_off, "false", "it loads a second model"),
-    "quantization_bit": (_off, "none", "kt_backend: AMXInt8 quantises the routed experts; the rest stays in bf16"),
-    "use_unsloth": (_off, "false", _OWN_MODEL),
-    "mixture_of_depths": (_off, "none", _OWN_MODEL),
-    "enable_liger_kernel": (_off, "false", "it replaces the experts' modules. Leave it out"),
-    "use_v1_kernels": (_off, "none", "they replace the experts' modules. Leave it out"),
-    "use_hyper_parallel": (_off, "false", _NOT_BUILT),
-    "use_mca": (_off, "false", _NOT_BUILT),
-    "train_from_scratch": (_off, "false", "LoRA needs trained weights"),
-    "fp16": (_off, "false", "the experts compute in bf16, which fp16's loss scaling does not suit. Write bf16: true"),
-    "fp16_full_eval": (_off, "false", "write bf16: true"),
-    "fp8": (_off, "false", "write bf16: true"),
-    "deepspeed": (_off, "none", f"{_NOT_BUILT}. One process holds the experts; leave it out"),
-    "fsdp": (_off, "none", f"{_NOT_BUILT}. One process holds the experts; leave it out"),
-    "predict_with_generate": (_off, "false", _EVALUATE),
-    "do_predict": (_off, "false", _EVALUATE),
-    "compute_accuracy": (_off, "false", _EVALUATE),
-}  # fmt: skip
 
 _MODES = {"USE_RAY": "Ray", "USE_MCA": "the Megatron backend", "USE_V1": "LLaMA-Factory's v1 trainer"}
+# A LoraConfig's options by LLaMA-Factory's keys.
+_KEYS = {"target_modules": "lora_target", "modules_to_save": "additional_target", "'all-linear'": "all"}
 _SHARDING = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed"}
-
-
-def check_values(given: Mapping[str, Any]) -> None:
-    """Refuses kt values, and LLaMA-Factory settings that cannot be what the user wants with `use_kt: true`.
-
-    Called with the keys as written, so that it comes before the errors that parsing them would raise (DeepSpeed not
-    installed, for example), and again with the parsed arguments.
-
-    Raises:
-        KTError: the first one, with what it got, what was expected and the remedy.
-    """
-    KTConfig(**{name: given[name] for name in KTConfig.field_help() if name in given})
-    for name, (fits, expected, why) in _RULES.items():
-        if name in given and not fits(given[name]):
-            raise KTError(f"{name}: got {_shown(given[name])}; use_kt: true expects {expected}: {why}.")
 
 
 def check_environment() -> None:
@@ -135,17 +51,12 @@ def check_loading(model_args: Any, finetuning_args: Any) -> None:
     Raises:
         KTError: before a weight is read.
     """
-    model_config = check_inference(model_args, finetuning_args)
-    if not model_args.adapter_name_or_path:
-        _check_targets(model_config, finetuning_args)
+    check_inference(model_args, finetuning_args, None if model_args.adapter_name_or_path else _lora(finetuning_args))
     _check_reference(model_args, finetuning_args)
 
 
-def check_inference(model_args: Any, finetuning_args: Any) -> Any:
-    """What `check_loading` does for a model that is not trained.
-
-    Returns:
-        The model's configuration.
+def check_inference(model_args: Any, finetuning_args: Any, lora: LoraConfig | None = None) -> None:
+    """What `check_loading` does for a model that is not trained; with `lora`, for one that gets this adapter.
 
     Raises:
         KTError: as `check_loading`.
@@ -157,8 +68,8 @@ def check_inference(model_args: Any, finetuning_args: Any) -> Any:
         kind = type(model_config).__name__
         raise KTError(f"model_name_or_path: {kind} is multimodal; only text models are built so far.")
     refuse_quantised(f"model_name_or_path: {model_args.model_name_or_path}", model_config)
-    check_model(model_config, kt_config(model_args), largest_rank(model_args, finetuning_args))
-    return model_config
+    with _in_its_words():
+        check_model(model_config, kt_config(model_args), largest_rank(model_args, finetuning_args), lora)
 
 
 def _check_reference(model_args: Any, finetuning_args: Any) -> None:
@@ -189,18 +100,21 @@ def _check_reference(model_args: Any, finetuning_args: Any) -> None:
         raise KTError(f"ref_model: {error}") from error
 
 
-def check_optimizer(training_args: Any) -> None:
-    """Refuses an optimizer whose package is not installed: transformers would say so after the model is loaded.
+def check_device(model_args: Any, training_args: Any) -> None:
+    """Refuses what needs a GPU where the rest of the model trains on the CPU.
 
     Raises:
-        KTError: with its message.
+        KTError: names the key.
     """
-    from transformers import Trainer
-
-    try:
-        Trainer.get_optimizer_cls_and_kwargs(training_args)
-    except (ImportError, ValueError) as error:
-        raise KTError(f"optim: got {_shown(training_args.optim)}; {' '.join(str(error).split())}") from error
+    if (
+        model_args.use_unsloth_gc
+        and not model_args.disable_gradient_checkpointing
+        and training_args.device.type == "cpu"
+    ):
+        raise KTError(
+            "use_unsloth_gc: got true; it keeps activations on a GPU, and this run has none. Leave it out: plain "
+            "checkpointing saves the same memory on a CPU."
+        )
 
 
 def check_experts_loaded(peft_model: Any, path: str, hub: Mapping[str, Any]) -> None:
@@ -221,52 +135,46 @@ def check_experts_loaded(peft_model: Any, path: str, hub: Mapping[str, Any]) -> 
     from transformers.utils import cached_file
 
     options = {k: v for k, v in hub.items() if k in ("subfolder", "revision", "cache_dir", "token") and v is not None}
-    file = cached_file(path, "adapter_model.safetensors", _raise_exceptions_for_missing_entries=False, **options)
+    options["_raise_exceptions_for_missing_entries"] = False
+    file = cached_file(path, "adapter_model.safetensors", **options)
     if file is None:  # a .bin file: nobody's that has expert LoRA
         return
     with safe_open(file, "pt") as opened:
         saved = any(_EXPERT_LORA.search(key) for key in opened.keys())
-    if saved and not any(".experts." in name and ".lora_" in name for name, _ in peft_model.named_parameters()):
+    there = any(".experts." in name and ".lora_" in name for name, _ in peft_model.named_parameters())
+    if (saved and not there) or cached_file(path, EXPERTS_FILE, **options):  # stock peft never opens the latter
         raise KTError(
             f"adapter_name_or_path: {path} has LoRA on routed experts, which the installed peft {peft.__version__} "
             f"leaves out without a word for {type(peft_model.get_base_model()).__name__}. Write use_kt: true."
         )
 
 
-def _check_targets(model_config: Any, finetuning_args: Any) -> None:
-    """Refuses module names that peft would refuse after the model is loaded, or take for what they are not."""
-    import torch
-    from transformers import AutoModelForCausalLM
+def _lora(finetuning_args: Any) -> LoraConfig:
+    """The adapter that LLaMA-Factory will ask for."""
+    from peft import LoraConfig
 
-    from ktmoe.adapters import checkpoint_layout
-    from ktmoe.models import unwrapped_layers
+    targets = finetuning_args.lora_target
+    return LoraConfig(
+        r=finetuning_args.lora_rank,
+        lora_alpha=finetuning_args.lora_alpha,
+        lora_dropout=finetuning_args.lora_dropout,
+        target_modules="all-linear" if targets == ["all"] else list(targets),
+        modules_to_save=finetuning_args.additional_target,
+        use_rslora=finetuning_args.use_rslora,
+        use_dora=finetuning_args.use_dora,
+    )
 
-    with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(model_config)
-    names = [name for name, _ in skeleton.named_modules() if name]
-    around = {".".join(e.split(".")[:n]) for e in unwrapped_layers(skeleton) for n in range(1, e.count(".") + 2)}
-    for target in finetuning_args.additional_target or ():  # peft compares with endswith
-        hit = next((name for name in sorted(around) if name.endswith(target)), None)
-        if hit:
-            raise KTError(
-                f"additional_target: got {target!r}, which means {hit} and the routed experts in it; expected "
-                "modules outside of them, which can be trained in full. Experts get LoRA by lora_target."
-            )
-    targets = set(finetuning_args.lora_target)
-    if targets == {"all"}:
-        return
-    projections = set(checkpoint_layout(model_config.model_type).projections.values())
-    named = targets & projections
-    if named and named != projections and "experts" not in targets:
-        raise KTError(
-            f"lora_target: got {','.join(sorted(targets))}; LoRA on the routed experts covers "
-            f"{', '.join(sorted(projections))} together. Name all three, or experts, or none of them."
-        )
-    if not any(name == t or name.endswith(f".{t}") for name in names for t in targets - projections) and not named:
-        raise KTError(
-            f"lora_target: got {','.join(sorted(targets))}; {type(skeleton).__name__} has no such module. "
-            "all is a good start."
-        )
+
+@contextlib.contextmanager
+def _in_its_words() -> Iterator[None]:
+    """What is wrong with a LoraConfig, said of LLaMA-Factory's keys."""
+    try:
+        yield
+    except KTError as error:
+        said = str(error)
+        for name, key in _KEYS.items():
+            said = said.replace(name, key)
+        raise KTError(said) from error
 
 
 def load_config(model_args: Any) -> Any:
@@ -326,9 +234,3 @@ def _is_multimodal(config: Any) -> bool:
 
     parts = ("vision_config", "audio_config", "thinker_config")
     return any(hasattr(config, p) for p in parts) or type(config) in AutoModelForImageTextToText._model_mapping.keys()
-
-
-def _shown(value: Any) -> str:
-    value = getattr(value, "value", value)  # of an enum
-    text = str(value).lower() if isinstance(value, bool) else repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -8,7 +8,7 @@ import sys
 if __name__ == "__main__":
     sys.path.pop(0)  # this file's folder, which torchrun's Python puts first: its modules are no top-level ones
 
-    from ktmoe.cli import run
+    from ktmoe.exits import run
     from ktmoe.llamafactory import install
 
     def train() -> None:

@@ -91,7 +91,7 @@ def model_configuration(
     trust = bool(rest.pop("trust_remote_code", False))
     refuse_adapter(path, hub)
     if given is not None:
-        return given, trust, rest
+        return given, trust and not type(given).__module__.startswith("transformers."), rest
     held = {k: rest.pop(k) for k in ("dtype", "torch_dtype") if k in rest}  # "auto" is none that it could hold
     code = {k: rest[k] for k in ("code_revision",) if k in rest}  # of the configuration's class and the model's
     try:

@@ -161,11 +161,18 @@ def _forward(self: Any, hidden_states: Tensor) -> Any:
 @functools.cache
 def _subclass(cls: Any, row: Row) -> Any:
     """The block's class with `_forward`. The name stays: transformers and peft go by it."""
-    return type(
-        cls.__name__,
-        (cls,),
-        {"forward": _forward, "row": row, "stock": cls, "__module__": cls.__module__, "__doc__": cls.__doc__},
-    )
+    own = {"forward": _forward, "__reduce_ex__": _reduced, "row": row, "stock": cls}
+    return type(cls.__name__, (cls,), {**own, "__module__": cls.__module__, "__doc__": cls.__doc__})
+
+
+def _reduced(block: Any, protocol: Any) -> Any:
+    """For pickle, torch.save and copy, which do not find the class by its name."""
+    return _remade, (type(block).stock, type(block).row), dict(vars(block))
+
+
+def _remade(stock: Any, row: Row) -> Any:
+    cls = _subclass(stock, row)
+    return cls.__new__(cls)
 
 
 def take_over(block: Any, row: Row, experts: nn.Module) -> None:

@@ -112,6 +112,12 @@ class Layer:
         i = gate_up.shape[1] // 2
         return ExpertWeights(gate_up[:, :i], gate_up[:, i:], down)  # gate above up
 
+    @property
+    def num_experts(self) -> int:
+        """E; no tensor is moved to know it."""
+        first = self.modules[0]
+        return len(first) if isinstance(first, nn.ModuleList) else int(_stacked(self.modules)[0].shape[0])
+
     def shape(self) -> MoEShape:
         """Its sizes, whether or not it has weights; the rank is not known here."""
         w = self.weights(self.host_tensors())

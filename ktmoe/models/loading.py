@@ -24,8 +24,10 @@ from ktmoe.models.arguments import (
     options_for,
     whose,
 )
-from ktmoe.models.attaching import attach, auto_class, check_model, experts_in, skeleton
+from ktmoe.models.attaching import attach
 from ktmoe.models.families import expert_modules
+from ktmoe.models.skeleton import auto_class, check_model, experts_in, make_skeleton
+from ktmoe.processes import check_one_process
 from ktmoe.types import KTError
 
 
@@ -72,13 +74,14 @@ def load_model(
         >>> model(input_ids=torch.tensor([[1, 2, 3]]), labels=torch.tensor([[1, 2, 3]])).loss.backward()
         >>> model.save_pretrained(new_path)  # the adapter, as stock peft reads it
     """
+    check_one_process()
     given, kt_config = configurations(config, kt_config)
     check_arguments(from_pretrained)
     model_config, trust, rest = model_configuration(path, given, from_pretrained)
     hub = {k: v for k, v in from_pretrained.items() if k in HUB}
     refuse_quantised(path, model_config)
     fp8 = forget_fp8(model_config)
-    check_model(model_config, kt_config, lora.r if lora is not None else r or 1, trust_remote_code=trust)
+    check_model(model_config, kt_config, r or 1, lora, trust_remote_code=trust)
     checkpoint = Checkpoint(
         path,
         transformers_weights=getattr(model_config, "transformers_weights", None),
@@ -108,7 +111,7 @@ def check_headers(model_config: Any, checkpoint: Checkpoint, trust_remote_code: 
     Raises:
         KTError: names the file and the key.
     """
-    model = skeleton(model_config, trust_remote_code)
+    model = make_skeleton(model_config, trust_remote_code)
     experts_in(model, checkpoint)
     checkpoint.check_numbers(CheckpointNames(model, ()), dict(model.named_parameters()))
 

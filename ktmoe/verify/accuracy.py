@@ -1,5 +1,5 @@
 """`python -m ktmoe.verify.accuracy`: every output and gradient of the kernel against the specification, in fp64
-(fp32 for layers above 1 GiB).
+(fp32 for layers above 1 GiB): INT8 against INT8's arithmetic, and beside it how far that is from the exact formula.
 
 Layer shapes are those of released models, with fewer experts (E changes how often the same code runs, not the code),
 or those of the model that is asked for.
@@ -46,17 +46,21 @@ class Run:
     shape: MoEShape
     precision: str  # of the specification
     rows: list[contract.Measurement]
+    exact: list[contract.Measurement]  # for INT8: from the exact formula, the format's own distance
     problems: list[str]
     seconds: float
 
     def as_json(self) -> dict[str, Any]:
         """Everything, with the limits."""
         limits = asdict(TABLE[self.backend].expected)
-        rows = [
-            {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in asdict(m).items()}
-            for m in self.rows
-        ]
-        return {**vars(self), "shape": asdict(self.shape), "rows": rows, "limits": limits}
+        rows = {
+            key: [
+                {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in asdict(m).items()}
+                for m in getattr(self, key)
+            ]
+            for key in ("rows", "exact")
+        }
+        return {**vars(self), "shape": asdict(self.shape), **rows, "limits": limits}
 
 
 def run(backend_name: str, shape_name: str, shape: MoEShape, seed: int) -> Run:
@@ -67,12 +71,13 @@ def run(backend_name: str, shape_name: str, shape: MoEShape, seed: int) -> Run:
     assert decided.backend == backend_name, decided.note
     backend = build(decided, case.weights, shape, case.lora.scaling)
     dtype = torch.float32 if case.weights.nbytes() > _LARGE else torch.float64
-    expected = contract.specification(case, dtype)
-    rows = contract.measure(case, contract.answer(backend, case), expected)
+    answer = contract.answer(backend, case)
+    rows = contract.measure(case, answer, contract.specification(case, dtype, backend.int8))
+    exact = contract.measure(case, answer, contract.specification(case, dtype)) if backend.int8 else []
     backend.close()
     problems = contract.violations(rows, TABLE[backend_name].expected)
     precision = str(dtype).removeprefix("torch.")
-    return Run(backend_name, shape_name, shape, precision, rows, problems, time.perf_counter() - start)
+    return Run(backend_name, shape_name, shape, precision, rows, exact, problems, time.perf_counter() - start)
 
 
 def table(runs: list[Run], variant: str) -> Table:
@@ -81,18 +86,22 @@ def table(runs: list[Run], variant: str) -> Table:
     title = f"{escape(runs[0].shape_name)} ({results.sizes(s)}), kernel {escape(variant)}"
     out = Table(title=f"{title}\nerror relative to {runs[0].precision}, % (whole / worst expert)")
     out.add_column("tensor")
-    for r in runs:
-        out.add_column(r.backend, justify="right")
+    columns = [(r.backend, r.rows) for r in runs]
+    columns += [(f"{r.backend}, format from bf16", r.exact) for r in runs if r.exact]
+    for title, _ in columns:
+        out.add_column(title, justify="right")
     for name in _NAMES:
         cells = []
-        for r in runs:
-            whole = next(m.error for m in r.rows if m.name == name and m.expert is None and m.token is None)
-            experts = [m.error for m in r.rows if m.name == name and m.expert is not None]
+        for _, rows in columns:
+            whole = next(m.error for m in rows if m.name == name and m.expert is None and m.token is None)
+            experts = [m.error for m in rows if m.name == name and m.expert is not None]
             cells.append(f"{100 * whole:.2f} / {100 * max(experts):.2f}" if experts else f"{100 * whole:.2f}")
         out.add_row(("" if name == "output" else "grad ") + name, *cells)
     out.add_section()
     for label, key in (("limit forward", "forward"), ("limit backward", "backward")):
-        out.add_row(label, *(f"{100 * getattr(TABLE[r.backend].expected, key):.2f}" for r in runs))
+        held = [f"{100 * getattr(TABLE[r.backend].expected, key):.2f}" for r in runs]
+        aimed = [f"aimed at: {100 * getattr(TABLE[r.backend].aimed_at, key):.0f}" for r in runs if r.exact]
+        out.add_row(label, *held, *aimed)
     out.add_row("verdict", *("[red]FAIL[/]" if r.problems else "[green]pass[/]" for r in runs))
     return out
 

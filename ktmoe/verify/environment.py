@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 import psutil
 
 from ktmoe.backends import kt
+from ktmoe.cores import numa_nodes, usable_cores
 
 
 _PACKAGES = ("ktmoe", "kt-kernel", "torch", "transformers", "peft", "accelerate", "llamafactory", "trl", "numpy")
@@ -24,12 +24,11 @@ def describe() -> dict[str, str]:
         lines = (line.partition(":") for line in Path("/proc/cpuinfo").read_text().splitlines())
         fields = {name.strip(): value.strip() for name, _, value in lines}
         cpu, flags = fields.get("model name", cpu), set(fields.get("flags", "").split())
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     found = {
         "CPU": cpu,
         "instruction sets": ", ".join(f for f in _FLAGS if f in flags) or "unknown",
-        "cores": f"{psutil.cpu_count(logical=False)} physical, {usable} usable by this process",
-        "NUMA nodes": str(len(kt.numa_nodes())),
+        "cores": f"{psutil.cpu_count(logical=False)} physical, {usable_cores()} usable by this process",
+        "NUMA nodes": str(len(numa_nodes())),
         "memory": f"{psutil.virtual_memory().total / 2**30:.1f} GiB",
         "system": f"{platform.system()} {platform.release()}, Python {platform.python_version()}",
         "kernel": kt.variant() if kt.available() else f"none: {kt.variant()}",

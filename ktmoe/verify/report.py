@@ -25,7 +25,7 @@ from ktmoe.types import KTError
 from ktmoe.verify import environment, plots, results
 
 
-SECTIONS = ("accuracy", "traps", "soak", "throughput")
+SECTIONS = ("accuracy", "weights", "traps", "soak", "throughput")
 
 
 def verify(
@@ -41,7 +41,8 @@ def verify(
 
     Args:
         output: the folder for them, made if it is not there.
-        model: whose layer shapes to use, a folder or a hub name; None for those of released models.
+        model: whose layer shapes to use, a folder or a hub name; None for those of released models. If its weights
+            are there, every expert is measured on them.
         rank: LoRA rank for the model's shapes.
         seed: of everything that is drawn.
         soak_minutes: how long the soak run takes.
@@ -59,15 +60,16 @@ def verify(
     except OSError as error:
         raise KTError(f"--output: cannot write to {output}: {error}") from error
     shapes = ["--model", model, "--rank", str(rank)] if model else []
-    options = {
+    options: dict[str, list[str]] = {
         "accuracy": ["--seed", str(seed), *shapes],
+        **({"weights": ["--model", model, "--seed", str(seed)]} if model and results.has_weights(model) else {}),
         "traps": [],
         "soak": ["--minutes", str(soak_minutes), "--seed", str(seed)],
         "throughput": shapes,
     }
     host = environment.describe()
     console.print(_table("Environment", ("", ""), [(name, escape(value)) for name, value in host.items()]))
-    found = [_run(name, options[name], output, console) for name in SECTIONS]
+    found = [_run(name, options[name], output, console) for name in options]
     verdict = overall(found)
     console.print(_table("Verdict", ("section", "verdict", ""), [_row(s) for s in found]))
     result = {

@@ -57,6 +57,11 @@ def shapes_of(model: str, rank: int) -> dict[str, MoEShape]:
     return {name if i == 0 else f"{name} ({i + 1})": shape for i, shape in enumerate(found)}
 
 
+def has_weights(model: str) -> bool:
+    """Whether a folder has safetensors beside its config.json. The hub is not asked for gigabytes."""
+    return next(Path(model).glob("*.safetensors"), None) is not None
+
+
 def backends_for(shape: MoEShape, to: Console) -> list[str]:
     """The backends of this host that can compute a layer of this shape; says which kernel ones cannot, and why."""
     found = ["torch"]

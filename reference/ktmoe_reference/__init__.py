@@ -1,12 +1,18 @@
 """The specification of mixture-of-experts layers with LoRA: naive, readable, differentiable PyTorch.
 
 Everything faster in this project is judged against these few functions. They import torch and nothing else, run in the
-dtype of their inputs (fp32 or fp64), and leave the backward to autograd.
+dtype of their inputs (fp32 or fp64), and leave the backward to autograd (INT8's rounds what its forward rounds).
 """
 
 from ktmoe_reference.checkpointing import checkpointed_experts_forward
 from ktmoe_reference.experts import LORA_NAMES, expert_forward, experts_forward, lora_linear
-from ktmoe_reference.int8 import dequantize_int8, int8_linear, int8_round_trip, quantize_int8
+from ktmoe_reference.int8 import (
+    dequantize_int8,
+    int8_expert_forward,
+    int8_experts_forward,
+    int8_matmul,
+    quantize_int8,
+)
 from ktmoe_reference.tensor_parallel import shard_intermediate, tensor_parallel_experts_forward
 
 
@@ -16,8 +22,9 @@ __all__ = [
     "dequantize_int8",
     "expert_forward",
     "experts_forward",
-    "int8_linear",
-    "int8_round_trip",
+    "int8_expert_forward",
+    "int8_experts_forward",
+    "int8_matmul",
     "lora_linear",
     "quantize_int8",
     "shard_intermediate",

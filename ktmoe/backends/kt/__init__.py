@@ -1,6 +1,6 @@
 """kt_kernel's SFT operators as backends: all that knows the kernel, its files and its traps."""
 
-from ktmoe.backends.kt.extension import available, extension_path, numa_nodes, variant, version
+from ktmoe.backends.kt.extension import available, extension_path, variant, version
 from ktmoe.backends.kt.int8_files import Int8Files
 from ktmoe.backends.kt.kernel import KernelBackend, valid_tp
 from ktmoe.backends.kt.packed import (
@@ -32,7 +32,6 @@ __all__ = [
     "available",
     "extension_path",
     "fingerprint",
-    "numa_nodes",
     "valid_tp",
     "variant",
     "version",

@@ -14,6 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, ClassVar
 
+from ktmoe.cores import cores, numa_nodes, shares
 from ktmoe.types import KTError
 
 
@@ -101,8 +102,12 @@ class Host:
         self.pid = os.getpid()
         self.idle: defaultdict[Hashable, list[Any]] = defaultdict(list)
         self.condemned: list[Any] = []
+        others = _threads().keys()
         with quiet():
             self.infer = self.extension.CPUInfer(pool)
+        self._tids = _threads().keys() - others
+        self._settled = False
+        self._bind()
         # Never destroyed: its destructor prints to stdout at interpreter exit, when nobody can redirect it any more.
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(self.infer))
 
@@ -116,6 +121,12 @@ class Host:
             return host
 
     @classmethod
+    def all_idle(cls) -> list[Any]:
+        """The idle objects of every pool of this process."""
+        hosts = [host for host in cls._hosts.values() if host.pid == os.getpid()]
+        return [made for host in hosts for idle in host.idle.values() for made in idle]
+
+    @classmethod
     def _forked(cls) -> None:
         cls.lock = threading.RLock()  # another thread of the parent may have held it
 
@@ -127,15 +138,37 @@ class Host:
             self.infer.sync()
             if _TASKS_LEAK:
                 _free(task[1])
+            if not self._settled:  # a thread binds itself when it first runs: after a task each of them has
+                self._settled = True
+                self._bind()
+
+    def _bind(self) -> None:
+        """Gives each thread cores of its own in the process's mask: the extension counts from core 0, whatever it is.
+
+        Its threads are called `numa_{node}_{m|t}_{number}`, and its queue's thread has the mask already.
+        """
+        by_node: defaultdict[int, list[tuple[int, int]]] = defaultdict(list)
+        for tid, name in _threads().items():
+            if tid in self._tids and name.startswith("numa_"):
+                node, number = name.split("_")[1::2]
+                by_node[int(node)].append((int(number), tid))
+        for at, numbered in by_node.items():
+            own = cores(node=at) or cores()
+            for (_, tid), cpus in zip(sorted(numbered), shares(len(numbered), own), strict=True):
+                with suppress(OSError):  # the thread is gone, or the mask was narrowed in between
+                    os.sched_setaffinity(tid, cpus)
 
 
 os.register_at_fork(after_in_child=Host._forked)
 
 
-def numa_nodes() -> list[int]:
-    """Ids of the NUMA nodes that have memory, [0] where the system does not say."""
-    names = sorted(Path("/sys/devices/system/node").glob("node[0-9]*"))
-    return sorted(int(n.name.removeprefix("node")) for n in names) or [0]
+def _threads() -> dict[int, str]:
+    """Names of this process's threads by their system ids."""
+    found = {}
+    for task in Path("/proc/self/task").glob("*"):
+        with suppress(OSError):  # it has ended
+            found[int(task.name)] = (task / "comm").read_text().strip()
+    return found
 
 
 @contextmanager

@@ -12,18 +12,19 @@ import os
 import weakref
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ktmoe.backends.kt import lora
-from ktmoe.backends.kt.extension import Host, available, extension_path, numa_nodes, quiet, variant, version
+from ktmoe.backends.kt.extension import Host, available, extension_path, quiet, variant, version
 from ktmoe.backends.kt.objects import KernelObject, contiguous, create
 from ktmoe.backends.kt.packed import PackedLayer
 from ktmoe.backends.kt.staging import staging
 from ktmoe.backends.torch import TorchBackend
-from ktmoe.interface import STATELESS, Backend
+from ktmoe.interface import STATELESS, Backend, Int8
 from ktmoe.types import PROJECTIONS, ExpertWeights, Gradients, Inputs, KTError, MoEShape
 
 
@@ -32,7 +33,6 @@ __all__ = [
     "available",
     "check_shape",
     "extension_path",
-    "numa_nodes",
     "valid_tp",
     "variant",
     "version",
@@ -136,33 +136,37 @@ class KernelBackend(Backend):
         self.name, self.shape, self.weights, self.scaling = kind, shape, weights, scaling
         self.threads = torch_threads
         self.max_len = -(-max_len // 32) * 32
+        self.int8 = Int8(requantised=share_backward, tp=tp) if kind == "AMXInt8" else None
         self._host = Host.get(threads, tp)
         self._exact = TorchBackend(weights, shape, torch.float32)
         self._cached = STATELESS  # the ticket whose activations the kernel holds
         self._disk = packed
         made = self._pack(share_backward)
         self._moe, self._lora = made.moe, made.lora
+        self.shape, self.scaling = made.shape, made.scaling  # what an object that was there already was built for
         # K22: also when nobody calls `close`. INT8 with a backward copy of its own is the one that cannot be reloaded.
         idle = self._host.idle[self._key(share_backward)] if share_backward or kind == "AMXBF16" else []
         self._release = weakref.finalize(self, idle.append, made)
         self._release.atexit = False
 
     def _key(self, share_backward: bool) -> tuple[Any, ...]:
-        return self.name, self.shape, self.scaling, self.max_len, share_backward, self._disk is not None
+        return self.name, replace(self.shape, rank=1), share_backward, self._disk is not None
 
     def _pack(self, share_backward: bool) -> KernelObject:
         """Loads the weights into a kernel object: that of a layer that is gone, or a new one."""
         idle = self._host.idle[self._key(share_backward)]
+        fits = [made for made in idle if made.serves(self.shape, self.max_len)]
         with self._host.lock, ExitStack() as held:
             sources = self._sources(share_backward, held)
             held.enter_context(quiet())
-            packed = idle[-1] if idle else self._create(share_backward, sources)
-            self.reloaded = bool(idle)
+            closest = min(fits, key=lambda m: (m.shape.rank, m.scaling != self.scaling, m.max_len), default=None)
+            packed = closest or self._create(share_backward, sources)
+            self.reloaded = closest is not None
             if self.reloaded and self._disk is None:
                 packed.moe.set_base_weight_pointers(*(sources[p] for p in PROJECTIONS))
             self._host.run(packed.moe.load_weights_task())
             if self.reloaded:
-                idle.pop()
+                idle.remove(packed)
                 if share_backward:
                     self._take_backward_buffer_over()
         return packed

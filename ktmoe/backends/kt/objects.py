@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 import math
 import mmap
-from dataclasses import dataclass
+import warnings
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ _SETTINGS = {
 _LORA_FIELDS = ("gate_lora_a", "gate_lora_b", "up_lora_a", "up_lora_b", "down_lora_a", "down_lora_b")
 
 
-@dataclass
+@dataclass(eq=False)
 class KernelObject:
     """A kernel object with weights in its own buffers, and the LoRA tensors that it points to.
 
@@ -35,6 +36,16 @@ class KernelObject:
 
     moe: Any
     lora: list[Tensor]
+    shape: MoEShape
+    scaling: float
+    max_len: int
+    nbytes: int  # of its packed weights
+
+    def serves(self, shape: MoEShape, max_len: int) -> bool:
+        """Whether another layer of these sizes can have it: a smaller rank is padded, fewer tokens fit."""
+        return (
+            replace(self.shape, rank=shape.rank) == shape and self.shape.rank >= shape.rank and self.max_len >= max_len
+        )
 
 
 def create(
@@ -57,6 +68,8 @@ def create(
         share_backward: one repacked weight buffer for all layers instead of one each.
         sources: settings that say where its weights come from, or go to.
     """
+    if shape.num_experts > 1:  # the layer of one expert that takes the backward buffer over is none of a model's
+        _say_what_stays()
     lora = [torch.zeros(size, dtype=torch.bfloat16) for size in shape.lora_shapes().values()]
     moe = host.extension.moe
     c = moe.MOESFTConfig(shape.num_experts, shape.top_k, shape.hidden_size, shape.intermediate_size)
@@ -69,7 +82,20 @@ def create(
     fields = dict(zip(_LORA_FIELDS, (t.data_ptr() for t in lora), strict=True))
     for name, value in (_SETTINGS | sources | fields).items():
         setattr(c, name, value)
-    return KernelObject(getattr(moe, CLASSES[kind])(c), lora)
+    weights = 3 * shape.num_experts * shape.hidden_size * shape.intermediate_size
+    nbytes = weights * (1 if kind == "AMXInt8" else 2) * (1 if share_backward else 2)
+    return KernelObject(getattr(moe, CLASSES[kind])(c), lora, shape, scaling, max_len, nbytes)
+
+
+def _say_what_stays() -> None:
+    """K22: a new object while others are idle, none of which could be taken, adds to what the process keeps."""
+    if held := sum(made.nbytes for made in Host.all_idle()):
+        warnings.warn(
+            f"ktmoe: about {held / 1e9:.3g} GB of packed experts of an earlier model stay in memory, which kt_kernel "
+            "does not give back. They are used again for the same sizes, kt_num_threads and kt_share_backward, and a "
+            "rank and kt_max_len that are not larger: begin with the largest, or give each run a process.",
+            stacklevel=2,
+        )
 
 
 def contiguous(stack: Any) -> Tensor:

@@ -1,0 +1,57 @@
+"""What runs where, said when a model is ready."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from ktmoe.adapters import LoraExperts
+from ktmoe.backends import TABLE, is_kernel
+from ktmoe.experts import MoEExperts
+from ktmoe.models.attached import moe_layers
+from ktmoe.retained import bytes_per_token
+
+
+def summary(model: nn.Module) -> list[str]:
+    """What runs where, in a few lines: backend, CPU variant, threads, experts, trainable parameters."""
+    layers = list(moe_layers(model).values())
+    if not layers:
+        return ["ktmoe: no routed experts are attached."]
+    first = layers[0]
+    where = TABLE[first.plan.backend].describe()
+    if is_kernel(first.plan):
+        checked = "NOT verified (kt_verify: off)" if first.config.kt_verify == "off" else "verified on this machine"
+        pools = f", {first.plan.tp} NUMA pools" if first.plan.tp > 1 else ""
+        threads = f"{first.plan.threads} thread{'s' if first.plan.threads != 1 else ''}{pools}"
+        copies = "shared by all layers" if first.plan.share_backward else "of each layer's own"
+        where += f", {threads}, backward weights {copies}, {checked}"
+    fallen = [m for m in layers if m.plan.backend != first.plan.backend]
+    others_too = f"; {len(fallen)} layers on {fallen[0].plan.backend}" if fallen else ""
+    size = sum(m.weights.nbytes() for m in layers) / 1e9
+    rest = {p.device.type for n, p in model.named_parameters() if ".experts." not in n}
+    expert_ids = {id(p) for m in model.modules() if isinstance(m, (MoEExperts, LoraExperts)) for p in m.parameters()}
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    of_experts = sum(p.numel() for p in trainable if id(p) in expert_ids)
+    others = sum(p.numel() for p in trainable) - of_experts
+    return [
+        f"ktmoe: routed experts on {first.plan.backend}: {where}{others_too}",
+        f"ktmoe: {len(layers)} MoE layers x {first.num_experts} experts, {size:.3g} GB of {first.weights.dtype} "
+        f"weights in host memory; everything else on {', '.join(sorted(rest)) or 'cpu'}",
+        f"ktmoe: trainable parameters: {of_experts:,} in expert LoRA, {others:,} elsewhere",
+        _activation(layers, 4 * of_experts),
+    ]
+
+
+def _activation(layers: list[MoEExperts], lora_bytes: int) -> str:
+    """What is kept for gradient checkpointing, and how much memory it takes."""
+    mode = layers[0].config.kt_cpu_activation
+    if mode == "recompute":
+        return "ktmoe: kt_cpu_activation: recompute: gradient checkpointing runs the experts' forward twice"
+    dtype = torch.float32 if layers[0].plan.backend == "reference" else torch.bfloat16
+    per_token = sum(bytes_per_token(m.shape(1), dtype) for m in layers) / 1e3
+    limit = "" if mode == "retain" else " while a tenth of the memory is free"
+    return (
+        f"ktmoe: kt_cpu_activation: {mode}: gradient checkpointing does not run the experts' forward twice{limit}: "
+        f"their inputs and outputs are kept ({per_token:,.0f} kB for each token of a batch, all layers together), and "
+        f"a copy of their LoRA ({lora_bytes / 1e6:,.0f} MB)"
+    )
