@@ -16,6 +16,7 @@ from ktmoe.types import KTError
 
 SHARE_BACKWARD = ("auto", "on", "off")
 ACTIVATION = ("auto", "retain", "recompute")
+TORCH_PACKING = ("auto", "both", "forward", "off")
 FALLBACK = ("error", "torch")
 VERIFY = ("quick", "full", "off")
 
@@ -79,6 +80,11 @@ class KTConfig:
         "Whether a layer keeps its experts' input and output, so that gradient checkpointing does not compute them "
         "again: retain, recompute, or auto (keep while a tenth of the memory is free).",
     )
+    kt_torch_packing: str = _key(
+        "auto",
+        "Copies of the weights that the torch backend makes to compute faster: both (forward and backward, 2.0 x "
+        "their size in bf16), forward (1.0 x), off (none), or auto (as many as leave a quarter of the memory free).",
+    )
     kt_verify: str = _key(
         "quick",
         "How the kernel is checked before it is used: quick (seconds, once per shape, then each layer as it is "
@@ -94,6 +100,7 @@ class KTConfig:
             ("kt_backend", (*TABLE, "auto")),
             ("kt_share_backward", SHARE_BACKWARD),
             ("kt_cpu_activation", ACTIVATION),
+            ("kt_torch_packing", TORCH_PACKING),
             ("kt_verify", VERIFY),
             ("kt_fallback", FALLBACK),
         ):

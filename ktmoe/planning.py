@@ -26,7 +26,8 @@ def plan(config: KTConfig, shape: MoEShape) -> Plan:
     if config.kt_weight_path and row.takes_packed:
         PackedModel(config.kt_weight_path).check(shape, tp, kt.version())
     threads = config.kt_num_threads or (max(1, usable_cores() - cores_to_leave()) if row.is_kernel else None)
-    return Plan(chosen, threads, tp, config.kt_max_len or 4096, config.kt_share_backward != "off", reasons)
+    share = config.kt_share_backward != "off"
+    return Plan(chosen, threads, tp, config.kt_max_len or 4096, share, config.kt_torch_packing, reasons)
 
 
 def _choose(config: KTConfig, shape: MoEShape) -> tuple[str, tuple[tuple[str, str], ...]]:

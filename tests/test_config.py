@@ -34,6 +34,7 @@ def test_backends_in_upper_or_lower_case(given, expected):
         (dict(kt_verify="sometimes"), "kt_verify: got 'sometimes'; expected one of quick, full, off"),
         (dict(kt_verify=True), "kt_verify: got True"),
         (dict(kt_share_backward="maybe"), "kt_share_backward: got 'maybe'"),
+        (dict(kt_torch_packing="forwards"), "Did you mean forward"),
         (dict(kt_fallback="ignore"), "kt_fallback: got 'ignore'"),
     ],
 )
@@ -45,6 +46,7 @@ def test_bad_values(values, message):
 def test_yaml_reads_on_and_off_as_booleans():
     assert KTConfig(kt_share_backward=True).kt_share_backward == "on"
     assert KTConfig(kt_share_backward=False).kt_share_backward == "off"
+    assert KTConfig(kt_torch_packing=False).kt_torch_packing == "off"
 
 
 @pytest.mark.parametrize("key", OLD_KEYS)

@@ -24,6 +24,7 @@ from ktmoe.autograd import run_experts
 from ktmoe.backends.kt.kernel import KernelBackend
 from ktmoe.backends.reference import ReferenceBackend
 from ktmoe.backends.torch import TorchBackend
+from ktmoe.backends.torch.products import FromSource, Packed
 from ktmoe.gate import contract
 from ktmoe.types import Lora, MoEShape
 from ktmoe.validation import check_call, check_lora
@@ -31,6 +32,12 @@ from ktmoe.validation import check_call, check_lora
 
 every_backend = pytest.mark.parametrize("name", BACKENDS)
 GRANULE = {"AMXBF16": 32, "AMXInt8": 64}
+TORCH = {  # dtype of rows and products, and what multiplies
+    "source": (torch.bfloat16, FromSource),
+    "cast": (torch.float32, FromSource),
+    "packed": (torch.bfloat16, functools.partial(Packed, rows=8, backward=True)),
+    "packed forward": (torch.bfloat16, functools.partial(Packed, rows=64, backward=False)),
+}
 COPIES = 16
 FACTOR = 5.0  # times the worst copy; that one is about twice the standard deviation
 SMALLEST = 1e-30  # noise: what is smaller may underflow
@@ -46,6 +53,7 @@ class Layer:
     max_len: int
     tp: int
     share_backward: bool
+    way: str = ""  # of the torch backend
 
 
 @functools.cache
@@ -60,7 +68,8 @@ def layers(name):
         if name not in KERNELS:
             h, i = (n - rng.choice((0, 0, 3, 21, 31)) for n in (h, i))
         rank = rng.choice((1, 1, 2, 3, 4, 7, 8, 8, 15, 16, 17, 31, 32, 33, 64, 100, 128))
-        found.append(Layer(MoEShape(e, h, i * tp, k, rank), rng.choice((32, 64)), tp, rng.random() < 0.7))
+        layer = Layer(MoEShape(e, h, i * tp, k, rank), rng.choice((32, 64)), tp, rng.random() < 0.7)
+        found.append(dataclasses.replace(layer, way=rng.choice(list(TORCH)) if name == "torch" else ""))
     return sorted(found, key=lambda d: (d.tp, d.shape.num_experts * d.shape.hidden_size * d.shape.intermediate_size))
 
 
@@ -69,7 +78,10 @@ def build(name, layer, seed):
     if name in KERNELS:
         sizes = dict(threads=layer.tp, tp=layer.tp, max_len=layer.max_len, share_backward=layer.share_backward)
         return KernelBackend(name, weights, layer.shape, scaling=BUILT_SCALING, **sizes)
-    return {"reference": ReferenceBackend, "torch": TorchBackend}[name](weights, layer.shape)
+    if name == "torch":
+        dtype, products = TORCH[layer.way]
+        return TorchBackend(weights, layer.shape, dtype, products(weights))
+    return ReferenceBackend(weights, layer.shape)
 
 
 lent = functools.lru_cache(maxsize=64)(build)  # what falls out gives its kernel object to the next layer of its kind
@@ -340,7 +352,9 @@ def test_what_holds_bit_for_bit(name, data):
 @every_backend
 def test_planted_faults_are_found(name):
     """The same judgement finds every fault of one line in an ordinary call of many tokens, or in one of few."""
-    layer = Layer(MoEShape(num_experts=4, hidden_size=64, intermediate_size=64, top_k=2, rank=4), 64, 1, True)
+    layer = Layer(
+        MoEShape(num_experts=4, hidden_size=64, intermediate_size=64, top_k=2, rank=4), 64, 1, True, "packed"
+    )
     backend = built(name, layer, 0)
     missed = {n: {"inputs": f} for n, f in INPUTS.items()}
     missed |= {n: {"output": f} for n, f in OUTPUT.items()} | {n: {"gradients": f} for n, f in GRADIENTS.items()}

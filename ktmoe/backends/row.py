@@ -38,6 +38,7 @@ class Plan:
         tp: parts of the intermediate dimension.
         max_len: tokens per kernel call.
         share_backward: whether the layers share one repacked backward buffer.
+        torch_packing: copies of the weights that the torch backend may make.
         reasons: the backends that came first and cannot serve, each with the reason.
     """
 
@@ -46,6 +47,7 @@ class Plan:
     tp: int
     max_len: int
     share_backward: bool
+    torch_packing: str = "auto"
     reasons: tuple[tuple[str, str], ...] = ()
 
     @property

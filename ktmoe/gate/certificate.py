@@ -37,8 +37,8 @@ def subject(plan: Plan, shape: MoEShape) -> dict[str, Any]:
 
 
 def what_runs(plan: Plan) -> dict[str, Any]:
-    """A plan without the reasons for it."""
-    return {k: v for k, v in asdict(plan).items() if k != "reasons"}
+    """A plan without the reasons for it, and without what concerns torch alone."""
+    return {k: v for k, v in asdict(plan).items() if k not in ("reasons", "torch_packing")}
 
 
 def exists(about: dict[str, Any]) -> bool:
