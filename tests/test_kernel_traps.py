@@ -9,10 +9,12 @@ from helpers import KERNEL_BACKENDS, SMALL, call, limits, loaded, module, run_py
 
 from ktmoe import KTConfig, KTError, MoEExperts
 from ktmoe.backends.kt import kernel as kernel_module
+from ktmoe.backends.kt.extension import Host
 from ktmoe.backends.kt.kernel import KernelBackend, valid_tp
 from ktmoe.gate import contract
 from ktmoe.planning import plan
 from ktmoe.types import MoEShape
+from ktmoe.validation import make_inputs
 
 
 every_kernel = pytest.mark.parametrize("name", KERNEL_BACKENDS)
@@ -310,6 +312,34 @@ def test_an_interrupted_call_ends_before_its_tensors(name):
         print(interrupted > 20 and max(map(relative, step(), expected)) < 1e-6)
     """)
     assert done.stdout == "True\n", done.stderr
+
+
+@every_kernel
+def test_a_ticket_is_spent_by_a_call_that_is_interrupted(name, monkeypatch):
+    """Ctrl-C right after the kernel's backward, which takes the activations off its cache, or after new LoRA."""
+    backend, case = loaded(name, SMALL)
+    call_ = case.hidden_states, case.top_k_index, case.top_k_weights
+    inputs = make_inputs(*call_, case.lora, SMALL, torch.bfloat16)
+    negated = {n: -t for n, t in case.lora.tensors.items()}
+    other = make_inputs(*call_, dataclasses.replace(case.lora, tensors=negated), SMALL, torch.bfloat16)
+    expected = contract.answer(backend, case)[1]
+    real = Host.run
+
+    def interrupted(self, task):
+        real(self, task)
+        raise KeyboardInterrupt
+
+    for what in ("backward", "forward"):
+        _, ticket = backend.forward(inputs, save=True)
+        monkeypatch.setattr(Host, "run", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            backend.backward(ticket, inputs, case.grad_output) if what == "backward" else backend.forward(
+                other, save=True
+            )
+        monkeypatch.setattr(Host, "run", real)
+        got = backend.backward(ticket, inputs, case.grad_output)
+        assert all(map(torch.equal, got.lora, expected.lora))
+        assert torch.equal(got.hidden_states, expected.hidden_states)
 
 
 @every_kernel

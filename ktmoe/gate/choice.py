@@ -49,7 +49,9 @@ def settle(config: KTConfig, shape: MoEShape, size: int) -> KTConfig:
         best = candidates[times.index(min(times))]
         shown = "; ".join(f"{_name(p)}: {1e3 * t:.3g} ms" for p, t in zip(candidates, times, strict=True))
         say_once(f"ktmoe: {_name(best)} is the fastest on this machine for experts of these sizes ({shown}).")
-    return replace(config, kt_backend=best.backend, kt_num_threads=best.threads if is_kernel(best) else None)
+    return replace(
+        config, kt_backend=best.backend, kt_num_threads=best.threads if is_kernel(best) else config.kt_num_threads
+    )
 
 
 def bf16_bytes(shape: MoEShape) -> int:
