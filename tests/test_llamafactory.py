@@ -319,13 +319,13 @@ class Kill(TrainerCallback):
 
 def killed(path, where):
     """In a process of its own: a run that ends in mid-save."""
-    from ktmoe.adapters import files as adapter_files
+    from ktmoe.adapters import writing
     from ktmoe.llamafactory import install
 
     install()
     from llamafactory.train.tuner import run_exp
 
-    write = {"adapter": (adapter_files, "save_file"), "optimizer": (torch, "save")}[where]
+    write = {"adapter": (writing, "save_file"), "optimizer": (torch, "save")}[where]
     run_exp(yaml.safe_load(Path(path).read_text()), callbacks=[Kill(*write)])
 
 
