@@ -38,8 +38,8 @@ def test_a_result_that_falls_short_fails(stage, key, value):
 def test_a_mixture_that_computes_something_else_fails():
     before = {"tokens": 9, "same_tokens": 9, "difference": 1e-6}
     said = io.StringIO()
-    show.check_upcycling(Console(file=said), before)
+    show.check_upcycling(Console(file=said, width=500), before)
     assert "9 tokens differ by 1.0e-06" in said.getvalue()
     for difference in (1e-4, NAN):
         with pytest.raises(show.DemoFailure):
-            show.check_upcycling(Console(file=said), before | {"difference": difference})
+            show.check_upcycling(Console(file=said, width=500), before | {"difference": difference})

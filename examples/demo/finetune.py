@@ -16,6 +16,7 @@ STAGES = {
     "sft": {
         "yaml": "qwen3_moe_lora_sft_kt.yaml", "dataset": TRAIN, "eval_dataset": HELD_OUT,
         "per_device_train_batch_size": 8, "learning_rate": 2e-4, "max_steps": 30, "eval_steps": 15,
+        "eval_on_start": True,
     },
     "dpo": {
         "yaml": "qwen3_moe_lora_dpo_kt.yaml", "dataset": PREFERENCES, "eval_dataset": HELD_OUT_PREFERENCES,
@@ -26,7 +27,7 @@ STAGES = {
 # Question, answer and template take some 40 tokens: little to compute with, and no memory to save.
 DEMO = {
     "template": "smollm", "cutoff_len": 256, "val_size": 0.0, "per_device_eval_batch_size": 16,
-    "gradient_accumulation_steps": 1, "eval_strategy": "steps", "eval_on_start": True, "logging_steps": 2,
+    "gradient_accumulation_steps": 1, "eval_strategy": "steps", "logging_steps": 2,
     "disable_gradient_checkpointing": True, "preprocessing_num_workers": 1, "dataloader_num_workers": 0,
     "kt_tp_enabled": False, "save_only_model": True,
 }  # fmt: skip
