@@ -8,8 +8,7 @@ Compare backends within one run only, on an idle machine. A time never fails a r
 import pytest
 import torch
 
-from ktmoe.backends import KERNEL_BACKENDS, TABLE, build
-from ktmoe.backends.kt import kernel
+from ktmoe.backends import KERNEL_BACKENDS, TABLE, build, kt
 from ktmoe.config import KTConfig
 from ktmoe.gate import contract
 from ktmoe.planning import plan
@@ -25,8 +24,8 @@ TOKENS = 256
 def layer(request, shape):
     """A backend that has just been held to the contract, and a call for it."""
     name = request.param
-    if name in KERNEL_BACKENDS and not kernel.available():
-        pytest.skip(f"kernel NOT verified on this host: {kernel.variant()}")
+    if name in KERNEL_BACKENDS and not kt.available():
+        pytest.skip(f"kernel NOT verified on this host: {kt.variant()}")
     case = contract.draw_case(contract.reduced(SHAPES[shape]), TOKENS, seed=0)
     backend = build(plan(KTConfig(kt_backend=name), case.shape), case.weights, case.shape, case.lora.scaling)
     assert contract.judge(backend, case, TABLE[name].expected) == []

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
-from ktmoe.backends.kt import kernel
+from ktmoe.backends import kt
 
 
 LIMITS = {"torch": 0.10, "AMXBF16": 1.15, "AMXInt8": 0.70}
@@ -94,8 +94,8 @@ def anonymous(pid):
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory NOT measured: no /proc on this system")
 @pytest.mark.parametrize("name", LIMITS)
 def test_peak_of_anonymous_memory(name, checkpoint, record_property):
-    if name != "torch" and not kernel.available():
-        pytest.skip(f"kernel NOT verified on this host: {kernel.variant()}")
+    if name != "torch" and not kt.available():
+        pytest.skip(f"kernel NOT verified on this host: {kt.variant()}")
     folder, size = checkpoint
     command = [sys.executable, "-c", CHILD, name, str(folder)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:

@@ -27,7 +27,7 @@ import hypothesis
 import pytest
 import torch
 
-from ktmoe.backends.kt import kernel as kernel_backend
+from ktmoe.backends import kt as kernel_backend
 
 
 # torch.empty and its relatives, also those called from C++, return NaN (integers: the largest value), so that memory
@@ -75,7 +75,7 @@ def pytest_runtest_setup(item):
 
 @pytest.fixture(scope="session")
 def kernel():
-    """The module `ktmoe.backends.kt.kernel`, on hosts where it can compute; elsewhere the test is skipped."""
+    """The package `ktmoe.backends.kt`, on hosts where it can compute; elsewhere the test is skipped."""
     return kernel_backend
 
 

@@ -8,6 +8,7 @@ import torch
 
 from ktmoe import autograd, experts, validation
 from ktmoe.backends.kt import extension, kernel, lora, objects, packed
+from ktmoe.backends.kt import sizes as kernel_sizes
 from ktmoe.backends.kt.extension import Host
 from ktmoe.backends.kt.kernel import KernelBackend
 from ktmoe.config import KTConfig
@@ -39,7 +40,7 @@ def chunks():
 
 
 def sizes():
-    kernel.check_shape = nothing
+    kernel_sizes.check_shape = nothing
 
 
 def casts():
@@ -117,11 +118,11 @@ def sound_rows():
 
 
 def most_parts():
-    kernel._MAX_TP = 8
+    kernel_sizes._MAX_TP = 8
 
 
 def fitting_parts():
-    kernel.valid_tp = layers.valid_tp = lambda kind, shape, wanted: wanted
+    kernel_sizes.valid_tp = layers.valid_tp = lambda kind, shape, wanted: wanted
 
 
 def configuration():

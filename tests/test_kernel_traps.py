@@ -8,9 +8,9 @@ import torch
 from helpers import KERNEL_BACKENDS, SMALL, call, limits, loaded, module, run_python, weights
 
 from ktmoe import KTConfig, KTError, MoEExperts
-from ktmoe.backends.kt import kernel as kernel_module
+from ktmoe.backends import kt as kernel_module
+from ktmoe.backends.kt import KernelBackend, valid_tp
 from ktmoe.backends.kt.extension import Host
-from ktmoe.backends.kt.kernel import KernelBackend, valid_tp
 from ktmoe.gate import contract
 from ktmoe.planning import plan
 from ktmoe.types import MoEShape

@@ -25,7 +25,7 @@ from typer.testing import CliRunner
 import ktmoe
 from ktmoe import KTConfig, KTError, MoEExperts
 from ktmoe.backends import build
-from ktmoe.backends.kt import kernel as kernel_module
+from ktmoe.backends import kt as kernel_module
 from ktmoe.backends.kt.extension import Host
 from ktmoe.backends.kt.kernel import KernelBackend
 from ktmoe.backends.kt.packed import PackedModel
@@ -441,11 +441,11 @@ def test_the_amx_binary_packs_the_same_bytes(packed, tmp_path):
     program = f"""
         from pathlib import Path
         from helpers import weights
-        from ktmoe.backends.kt import kernel
+        from ktmoe.backends import kt
         from ktmoe.convert.quantize import pack
         layers = {{{KEY!r}.format(n): weights(seed=n) for n in range(3)}}
         pack(layers, Path({str(tmp_path / "amx")!r}), "drawn", threads=2)
-        print(kernel.variant())
+        print(kt.variant())
     """
     done = python(program, **amx.environment(amx.library(tmp_path)))
     assert done.stdout == "amx\n"

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from ktmoe import KTError, cli
 from ktmoe.backends import KERNEL_BACKENDS, TABLE, Limits, kt
-from ktmoe.backends.kt import extension, kernel
+from ktmoe.backends.kt import extension
 from ktmoe.types import MoEShape
 from ktmoe.verify import accuracy, environment, plots, report, results, throughput, traps, weights
 
@@ -106,7 +106,7 @@ def test_a_kernel_that_cannot_take_the_shape_is_not_called_verified(model, capsy
         assert section.main(["--model", model, "--rank", "200"]) == 1
         said = capsys.readouterr().out
         assert "kernel NOT verified on this host" in said
-        assert not kernel.available() or "AMXInt8 left out: r (lora_rank): got 200" in said
+        assert not kt.available() or "AMXInt8 left out: r (lora_rank): got 200" in said
 
 
 def test_an_error_beyond_its_limit_fails_the_section(model, tmp_path, monkeypatch, capsys):
@@ -196,14 +196,14 @@ def test_the_whole_command(model, tmp_path):
     """The real thing, as a user calls it."""
     command = [sys.executable, "-m", "ktmoe.cli", "verify", model, "--output", str(tmp_path / "out")]
     done = subprocess.run([*command, "--soak-minutes", "1"], capture_output=True, text=True)
-    assert done.returncode == (0 if kernel.available() else 1), done.stdout + done.stderr
+    assert done.returncode == (0 if kt.available() else 1), done.stdout + done.stderr
     result = json.loads((tmp_path / "out" / "report.json").read_text())
-    assert result["verdict"] == ("pass" if kernel.available() else "not verified")
+    assert result["verdict"] == ("pass" if kt.available() else "not verified")
     assert list(result["sections"]) == ["accuracy", "traps", "soak", "throughput"]
     runs = result["sections"]["accuracy"]["data"]["runs"]
-    assert {r["backend"] for r in runs} == {"torch", *(KERNEL_BACKENDS if kernel.available() else ())}
+    assert {r["backend"] for r in runs} == {"torch", *(KERNEL_BACKENDS if kt.available() else ())}
     check_page((tmp_path / "out" / "report.html").read_text())
-    assert ("kernel verified on this host" in done.stdout) == kernel.available()
+    assert ("kernel verified on this host" in done.stdout) == kt.available()
 
 
 def test_the_page_of_a_failed_run():

@@ -19,7 +19,7 @@ from ktmoe.backends import KERNEL_BACKENDS, TABLE, build, kt
 from ktmoe.checkpoints import Checkpoint
 from ktmoe.config import KTConfig
 from ktmoe.gate import contract
-from ktmoe.models import experts_in, find, forget_fp8, model_configuration, skeleton
+from ktmoe.models import experts_in, find, forget_fp8, make_skeleton, model_configuration
 from ktmoe.planning import plan
 from ktmoe.types import ExpertWeights, KTError, Lora, MoEShape
 from ktmoe.verify import results
@@ -146,7 +146,7 @@ def layers_of(model: str) -> dict[str, tuple[ExpertWeights, int]]:
     """
     model_config = model_configuration(model, None, {})[0]
     forget_fp8(model_config)
-    made = skeleton(model_config)
+    made = make_skeleton(model_config)
     top_k = {name: layer.top_k for name, layer in find(made).items()}
     return {name: (weights, top_k[name]) for name, weights in experts_in(made, Checkpoint(model)).items()}
 

@@ -2,7 +2,7 @@
 
 from ktmoe.backends.kt.extension import available, extension_path, variant, version
 from ktmoe.backends.kt.int8_files import Int8Files
-from ktmoe.backends.kt.kernel import KernelBackend, valid_tp
+from ktmoe.backends.kt.kernel import KernelBackend
 from ktmoe.backends.kt.packed import (
     FILES,
     FORMAT,
@@ -15,6 +15,7 @@ from ktmoe.backends.kt.packed import (
     write_manifest,
 )
 from ktmoe.backends.kt.rows import BF16, INT8
+from ktmoe.backends.kt.sizes import valid_tp
 
 
 __all__ = [

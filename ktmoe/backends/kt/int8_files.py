@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ktmoe.backends.kt import kernel
+from ktmoe.backends.kt import sizes
 from ktmoe.backends.kt.extension import Host, quiet
 from ktmoe.backends.kt.objects import KernelObject, contiguous, create
 from ktmoe.types import PROJECTIONS, ExpertWeights, MoEShape
@@ -36,8 +36,8 @@ class Int8Files:
             KTError: no SFT classes on this host, or sizes or parts that they cannot take.
         """
         self._shape = MoEShape(num_experts, hidden_size, intermediate_size, 1, 1)
-        kernel.check_shape(_KIND, self._shape)
-        kernel.check_tp(_KIND, self._shape, tp)
+        sizes.check_shape(_KIND, self._shape)
+        sizes.check_tp(_KIND, self._shape, tp)
         self._host = Host.get(threads, tp)
         self._scratch = scratch
         self._made: KernelObject | None = None

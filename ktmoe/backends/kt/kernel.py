@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ktmoe.backends.kt import lora
-from ktmoe.backends.kt.extension import Host, available, extension_path, quiet, variant, version
+from ktmoe.backends.kt import lora, sizes
+from ktmoe.backends.kt.extension import Host, quiet, version
 from ktmoe.backends.kt.objects import KernelObject, contiguous, create
 from ktmoe.backends.kt.packed import PackedLayer
 from ktmoe.backends.kt.staging import staging
@@ -28,61 +28,7 @@ from ktmoe.interface import STATELESS, Backend, Int8
 from ktmoe.types import PROJECTIONS, ExpertWeights, Gradients, Inputs, KTError, MoEShape
 
 
-__all__ = [
-    "KernelBackend",
-    "available",
-    "check_shape",
-    "extension_path",
-    "valid_tp",
-    "variant",
-    "version",
-]
-
-_GRANULE = {"AMXBF16": 32, "AMXInt8": 64}  # K2: H and I / TP must be multiples
-_MAX_RANK = 128  # the largest rank ever checked against a reference
-_MAX_TP = 4  # K17: the merge of five and more parts sums only the first four
 _TICKETS = itertools.count(STATELESS + 1)
-
-
-def valid_tp(kind: str, shape: MoEShape, wanted: int) -> int:
-    """The largest number of parts up to `wanted` that divides I into granules (K17, K18)."""
-    fits = [t for t in range(1, min(wanted, _MAX_TP) + 1) if shape.intermediate_size % (t * _GRANULE[kind]) == 0]
-    return max(fits, default=1)
-
-
-def check_shape(kind: str, shape: MoEShape) -> None:
-    """Refuses shapes on which the extension crashes.
-
-    Raises:
-        KTError: names the size, what is needed and the remedy.
-    """
-    granule = _GRANULE[kind]
-    for name in ("hidden_size", "intermediate_size"):
-        if getattr(shape, name) % granule:
-            other = " AMXBF16 needs multiples of 32 only, and" if kind == "AMXInt8" else ""
-            raise KTError(
-                f"{name}: the model has {getattr(shape, name)}; kt_backend: {kind} needs a multiple of {granule}."
-                f"{other} kt_backend: torch takes any size."
-            )
-    if shape.rank > _MAX_RANK:
-        raise KTError(
-            f"r (lora_rank): got {shape.rank}; kt_backend: {kind} takes 1 to {_MAX_RANK}. Use a smaller rank or "
-            "kt_backend: torch."
-        )
-
-
-def check_tp(kind: str, shape: MoEShape, tp: int) -> None:
-    """Refuses a number of parts on which the extension crashes or is wrong.
-
-    Raises:
-        KTError: says which numbers fit.
-    """
-    fits = [t for t in range(1, _MAX_TP + 1) if valid_tp(kind, shape, t) == t]
-    if tp not in fits:
-        raise KTError(
-            f"tensor parallelism: got {tp} parts; I = {shape.intermediate_size} divides into "
-            f"{', '.join(map(str, fits))} for {kind}."
-        )
 
 
 class KernelBackend(Backend):
@@ -128,8 +74,8 @@ class KernelBackend(Backend):
             KTError: no SFT classes on this host, a shape that they cannot take, or packed weights that are damaged or
                 of another layer.
         """
-        check_shape(kind, shape)
-        check_tp(kind, shape, tp)
+        sizes.check_shape(kind, shape)
+        sizes.check_tp(kind, shape, tp)
         if packed is not None:
             assert kind == "AMXInt8"
             packed.check(shape, tp, version())
@@ -348,7 +294,7 @@ def _finite_rows(rows: Tensor) -> Tensor:
 @functools.cache
 def _smallest_layer(kind: str, host: Host) -> KernelBackend:
     """A layer whose backward makes the shared backward buffer its own."""
-    i = _GRANULE[kind] * host.tp
+    i = sizes.GRANULE[kind] * host.tp
     gate_up = torch.ones(1, i, 64, dtype=torch.bfloat16)
     weights = ExpertWeights(gate_up, gate_up, gate_up.mT.contiguous())
     return KernelBackend(kind, weights, MoEShape(1, 64, i, 1, 1), threads=host.threads, tp=host.tp, max_len=32)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from ktmoe.backends.kt import extension, kernel
+from ktmoe.backends.kt import extension, kernel, sizes
 from ktmoe.backends.kt.packed import PackedLayer
 from ktmoe.backends.row import Limits, Plan, Row
 from ktmoe.cores import numa_nodes, usable_cores
@@ -33,7 +33,7 @@ def _build(
 
 def _refuse_shape(name: str, shape: MoEShape) -> str:
     try:
-        kernel.check_shape(name, shape)
+        sizes.check_shape(name, shape)
     except KTError as error:
         return str(error)
     return ""
@@ -44,7 +44,7 @@ def _refuse_host() -> str:
 
 
 def _largest_tp(name: str, shape: MoEShape) -> int:
-    return kernel.valid_tp(name, shape, len(numa_nodes()))
+    return sizes.valid_tp(name, shape, len(numa_nodes()))
 
 
 def _row(name: str, required: Limits, expected: Limits, aimed_at: Limits, takes_packed: bool = False) -> Row:

@@ -1,0 +1,51 @@
+"""Which sizes, ranks and numbers of parts the kernel takes: beyond them it crashes, or is silently wrong."""
+
+from __future__ import annotations
+
+from ktmoe.types import KTError, MoEShape
+
+
+GRANULE = {"AMXBF16": 32, "AMXInt8": 64}  # K2: H and I / TP must be multiples
+_MAX_RANK = 128  # the largest rank ever checked against a reference
+_MAX_TP = 4  # K17: the merge of five and more parts sums only the first four
+
+
+def valid_tp(kind: str, shape: MoEShape, wanted: int) -> int:
+    """The largest number of parts up to `wanted` that divides I into granules (K17, K18)."""
+    fits = [t for t in range(1, min(wanted, _MAX_TP) + 1) if shape.intermediate_size % (t * GRANULE[kind]) == 0]
+    return max(fits, default=1)
+
+
+def check_shape(kind: str, shape: MoEShape) -> None:
+    """Refuses shapes on which the extension crashes.
+
+    Raises:
+        KTError: names the size, what is needed and the remedy.
+    """
+    granule = GRANULE[kind]
+    for name in ("hidden_size", "intermediate_size"):
+        if getattr(shape, name) % granule:
+            other = " AMXBF16 needs multiples of 32 only, and" if kind == "AMXInt8" else ""
+            raise KTError(
+                f"{name}: the model has {getattr(shape, name)}; kt_backend: {kind} needs a multiple of {granule}."
+                f"{other} kt_backend: torch takes any size."
+            )
+    if shape.rank > _MAX_RANK:
+        raise KTError(
+            f"r (lora_rank): got {shape.rank}; kt_backend: {kind} takes 1 to {_MAX_RANK}. Use a smaller rank or "
+            "kt_backend: torch."
+        )
+
+
+def check_tp(kind: str, shape: MoEShape, tp: int) -> None:
+    """Refuses a number of parts on which the extension crashes or is wrong.
+
+    Raises:
+        KTError: says which numbers fit.
+    """
+    fits = [t for t in range(1, _MAX_TP + 1) if valid_tp(kind, shape, t) == t]
+    if tp not in fits:
+        raise KTError(
+            f"tensor parallelism: got {tp} parts; I = {shape.intermediate_size} divides into "
+            f"{', '.join(map(str, fits))} for {kind}."
+        )
