@@ -11,6 +11,7 @@ from helpers import SMALL, relative, stack
 from ktmoe_reference import LORA_NAMES
 
 from ktmoe import memory
+from ktmoe.backends import TABLE
 from ktmoe.backends.torch import TorchBackend, backend, build, choice
 from ktmoe.backends.torch.buffers import BUFFERS, Buffers
 from ktmoe.backends.torch.products import FromSource, Packed
@@ -29,7 +30,7 @@ WAYS = {
     "packed": (torch.bfloat16, functools.partial(Packed, rows=64, backward=True)),
     "packed forward": (torch.bfloat16, functools.partial(Packed, rows=64, backward=False)),
 }
-LIMITS = {name: contract.EXPECTED["reference" if name == "fp32" else "torch"] for name in WAYS}
+LIMITS = {name: TABLE["reference" if name == "fp32" else "torch"].expected for name in WAYS}
 every_way = pytest.mark.parametrize("way", WAYS)
 SHAPES = {
     "small": SMALL,
