@@ -46,6 +46,10 @@ class Fault:
         file = frame.f_code.co_filename
         if event != "call" or not file.startswith(_WATCHED) or file == rollback.__file__:
             return
+        if (
+            frame.f_code.co_name == "<genexpr>"
+        ):  # is called once more when it is thrown away, where nothing can be raised
+            return
         self.seen += 1
         if self.seen == self.at:
             sys.setprofile(None)
