@@ -46,8 +46,8 @@ def train(ctx: typer.Context) -> None:
     """Train with stock LLaMA-Factory: its arguments (CONFIG.yaml key=value ..., or --key value ...) plus ktmoe's.
 
     use_kt: true runs the routed experts on the CPU: kt_backend, kt_num_threads, kt_tp_enabled, kt_num_gpu_experts,
-    kt_weight_path, kt_max_len, kt_share_backward, kt_cpu_activation, kt_verify, kt_fallback. Without use_kt,
-    LLaMA-Factory runs as it is.
+    kt_weight_path, kt_max_len, kt_share_backward, kt_cpu_activation, kt_torch_packing, kt_verify, kt_fallback. Without
+    use_kt, LLaMA-Factory runs as it is.
     """
     from ktmoe.llamafactory import main as train_main
 

@@ -246,7 +246,7 @@ def test_llamafactory_reads_the_same(folder):
     if options:
         pytest.skip("LLaMA-Factory has no such argument")
     arguments = SimpleNamespace(model_name_or_path=str(path), cache_dir=None, model_revision="main", hf_hub_token=None)
-    assert patches._checkpoint(arguments).source == find_files(path)
+    assert loading._checkpoint(arguments).source == find_files(path)
 
 
 def test_a_file_of_torch_before_zip(sources, tmp_path):

@@ -4,21 +4,15 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import hmac
-import json
-import os
-import platform
 from dataclasses import asdict
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import ktmoe_reference
-import platformdirs
 import torch
 
 from ktmoe.backends import Plan, kt
-from ktmoe.notices import say_once
+from ktmoe.kept import cpu_model, host, read
 from ktmoe.types import MoEShape
 
 
@@ -29,8 +23,8 @@ def subject(plan: Plan, shape: MoEShape) -> dict[str, Any]:
         "plan": what_runs(plan),
         "extension": _extension_hash(),
         "variant": kt.variant(),
-        "cpu": _cpu_model(),
-        "host": _host(),
+        "cpu": cpu_model(),
+        "host": host(),
         "code": _code_hash(),
         "torch": torch.__version__,
     }
@@ -44,66 +38,6 @@ def what_runs(plan: Plan) -> dict[str, Any]:
 def exists(about: dict[str, Any]) -> bool:
     """Whether this machine has a certificate for exactly this, as it was written."""
     return read(about) is not None
-
-
-def read(about: dict[str, Any], kind: str = "gate") -> dict[str, Any] | None:
-    """What was written about exactly this on this machine, or None.
-
-    Args:
-        about: the subject.
-        kind: the folder: gate for certificates, speed for measurements.
-    """
-    try:
-        found = json.loads(_path(about, kind).read_text())
-    except (OSError, ValueError, RecursionError):
-        return None
-    if not isinstance(found, dict) or found.get("subject") != about:
-        return None
-    whole = hmac.compare_digest(str(found.pop("signature", "")), _signature(found))
-    return found if whole else None
-
-
-def write(about: dict[str, Any], kind: str = "gate", **results: Any) -> None:
-    """Atomically: a file is whole or absent. A read-only cache costs a check per process, not a failure."""
-    path = _path(about, kind)
-    when = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    content: dict[str, Any] = {"subject": about, "passed": when, **results}
-    content["signature"] = _signature(content)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(f".{os.getpid()}.part")
-        part.write_text(json.dumps(content, sort_keys=True, indent=1))
-        part.replace(path)
-    except OSError as error:
-        say_once(f"ktmoe: the gate's certificate cannot be kept ({error}); the check runs again in the next process.")
-
-
-def _path(about: dict[str, Any], kind: str = "gate") -> Path:
-    folder = Path(os.environ.get("KTMOE_CACHE_DIR") or platformdirs.user_cache_dir("ktmoe")) / kind
-    return folder / f"{hashlib.sha256(_canonical(about)).hexdigest()[:32]}.json"
-
-
-def _canonical(content: dict[str, Any]) -> bytes:
-    return json.dumps(content, sort_keys=True).encode()
-
-
-def _signature(content: dict[str, Any]) -> str:
-    """Against slips, not against attackers: an edited file, or one of another machine, does not carry it."""
-    return hmac.new(_machine(), _canonical(content), hashlib.sha256).hexdigest()
-
-
-def _host() -> str:
-    """This machine, or this container. Home directories are shared between the nodes of a cluster; CPUs are not."""
-    return hashlib.sha256(_machine()).hexdigest()[:16]
-
-
-@functools.cache
-def _machine() -> bytes:
-    try:
-        machine = Path("/etc/machine-id").read_text().strip()
-    except OSError:
-        machine = ""
-    return f"{machine} {platform.node()}".encode()
 
 
 @functools.cache
@@ -120,13 +54,3 @@ def _code_hash() -> str:
         for path in sorted(package.rglob("*.py")):
             found.update(str(path.relative_to(package)).encode() + b"\0" + path.read_bytes())
     return found.hexdigest()
-
-
-@functools.cache
-def _cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    keys = ("model name", "cpu family", "model", "stepping", "microcode")
-    return "; ".join(sorted({line.replace("\t", "") for line in lines if line.split("\t")[0].strip() in keys}))

@@ -15,6 +15,7 @@ from ktmoe.backends import KERNEL_BACKENDS, Plan, is_kernel
 from ktmoe.config import KTConfig
 from ktmoe.cores import usable_cores
 from ktmoe.gate import certificate
+from ktmoe.kept import read, write
 from ktmoe.notices import say_once
 from ktmoe.planning import cores_to_leave, plan
 from ktmoe.types import KTError, MoEShape
@@ -104,7 +105,7 @@ def _measured(shape: MoEShape, plans: list[Plan]) -> list[float] | None:
     about = certificate.subject(plans[0], shape) | {
         "plans": [{k: v for k, v in asdict(p).items() if k != "reasons"} for p in plans]
     }
-    kept = certificate.read(about, "speed")
+    kept = read(about, "speed")
     if kept is not None:
         return [float(t) for t in kept["seconds"]]
     command = [sys.executable, "-m", "ktmoe.gate.measuring", json.dumps(asdict(shape)), json.dumps(about["plans"])]
@@ -115,5 +116,5 @@ def _measured(shape: MoEShape, plans: list[Plan]) -> list[float] | None:
         tail = str(getattr(error, "stderr", None) or error).strip().splitlines()[-1:]
         say_once(f"ktmoe: how fast the backends are here could not be measured ({''.join(tail)}).")
         return None
-    certificate.write(about, "speed", seconds=seconds)
+    write(about, "speed", seconds=seconds)
     return seconds

@@ -18,7 +18,7 @@ import torch
 from ktmoe_reference import LORA_NAMES, experts_forward, int8_experts_forward
 from torch import Tensor
 
-from ktmoe.backends import Limits, TorchBackend
+from ktmoe.backends import Limits
 from ktmoe.interface import Backend, Int8
 from ktmoe.types import ExpertWeights, Gradients, Inputs, Lora, MoEShape
 from ktmoe.validation import make_inputs
@@ -247,7 +247,7 @@ def baseline(name: str, case: Case, expected: tuple[Tensor, Gradients]) -> list[
     """The rows of a plain torch computation in a backend's precision: bf16, or None for INT8, which torch has not."""
     if name != "AMXBF16":
         return None
-    return measure(case, answer(TorchBackend(case.weights, case.shape), case), expected)
+    return measure(case, specification(case, torch.bfloat16), expected)
 
 
 def reduced(shape: MoEShape) -> MoEShape:

@@ -23,6 +23,7 @@ from ktmoe.config import KTConfig
 from ktmoe.gate import certificate, contract
 from ktmoe.gate.load_probe import Depth, probe_problems
 from ktmoe.interface import Backend
+from ktmoe.kept import write
 from ktmoe.notices import say_once
 from ktmoe.retained import RetainedForwards
 from ktmoe.types import ExpertWeights, KernelError, KTError, MoEShape
@@ -78,7 +79,7 @@ def ensure_verified(plan: Plan, shape: MoEShape, config: KTConfig) -> Plan:
         return plan
     problems = _run_gate(about, config.kt_verify)
     if not problems:
-        certificate.write(about)
+        write(about)
         return plan
     return _fall_back(plan, config, "the contract gate", problems)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import time
 from collections.abc import Callable
 
@@ -11,6 +12,7 @@ import torch
 from ktmoe import memory
 from ktmoe.backends.torch.backend import TorchBackend, device_of
 from ktmoe.backends.torch.products import FromSource, Packed, Products
+from ktmoe.kept import cpu_model, host, read, write
 from ktmoe.notices import say_once
 from ktmoe.types import ExpertWeights, MoEShape
 
@@ -60,11 +62,22 @@ def why_not_bf16(packed: bool) -> str:
     """Why fp32 products with weights cast at every use are the better choice here, "" if bf16 products are.
 
     CPUs multiply bf16 at 0.01 to 16 times the speed of fp32, and their instruction sets do not tell. So, where oneDNN
-    does it at all, the products of one expert are timed, which takes about 50 ms once.
+    does it at all, the products of one expert are timed, once on a machine: a run that is resumed computes as before.
 
     Args:
         packed: whether bf16 products have packed weights.
     """
+    forced = {name: os.environ.get(name) for name in ("ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY")}
+    about = {"cpu": cpu_model(), "host": host(), "torch": torch.__version__, "packed": packed, **forced}
+    held = read(about, "torch")
+    if held is None:
+        write(about, "torch", why_not=(why_not := _compared(packed)))
+        return why_not
+    return str(held["why_not"])
+
+
+def _compared(packed: bool) -> str:
+    """See `why_not_bf16`; a few tenths of a second."""
     if not torch.backends.mkldnn.is_available():
         return "this torch has no oneDNN"
     if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
