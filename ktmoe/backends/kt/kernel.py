@@ -258,6 +258,8 @@ class KernelBackend(Backend):
             if ticket == STATELESS or ticket != self._cached:
                 self._forward(chunk, True)
             pointers = [t.data_ptr() for t in (grad_output[rows], grad_x[rows], *buffers, grad_w[rows])]
+            for buffer in buffers:  # K28: it takes some of what lies at an address that it knows for its own
+                buffer.zero_()
             self._cached = STATELESS  # the backward takes the activations off the cache, even if Ctrl-C comes
             self._host.run(self._moe.backward_task(*pointers, 0, 0, 0, False, 1.0))
             if inputs.lora is not None:
