@@ -247,7 +247,7 @@ def test_auto_keeps_where_memory_is_there(mode, monkeypatch):
     monkeypatch.setattr(retained, "total", lambda: 10_000)
     experts = MoEExperts(weights(), top_k=2, r=4, config=KTConfig(kt_backend="torch", kt_cpu_activation=mode))
     x, index, w = call(experts)
-    needed = len(x) * retained.bytes_per_token(SMALL, torch.bfloat16)
+    needed = len(x) * retained.bytes_per_token(SMALL, experts.load(4).compute_dtype)
     for free, kept in ((1000 + needed, mode == "retain"), (1001 + needed, mode != "recompute")):
         monkeypatch.setattr(retained, "available", lambda free=free: free)
         experts(x, index, w)

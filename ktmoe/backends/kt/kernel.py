@@ -141,8 +141,7 @@ class KernelBackend(Backend):
         """See `Backend.forward`."""
         with self._running():
             self._refresh(inputs)
-            rows = inputs.hidden_states.shape[0]
-            if rows <= self.max_len:
+            if len(inputs.hidden_states) <= self.max_len:
                 out = self._forward(inputs, save)
                 return out, self._cached if save else STATELESS
             return torch.cat([self._forward(chunk, False) for chunk in self._chunks(inputs)]), STATELESS
@@ -204,8 +203,7 @@ class KernelBackend(Backend):
         )
 
     def _exact_backward(self, inputs: Inputs, grad_output: Tensor) -> Gradients:
-        x = inputs.hidden_states.float()
-        exact = Inputs(x, inputs.top_k_index, inputs.top_k_weights, inputs.lora)
+        exact = Inputs(inputs.hidden_states.float(), inputs.top_k_index, inputs.top_k_weights, inputs.lora)
         grads = self._exact.backward(STATELESS, exact, grad_output.float())
         return Gradients(grads.hidden_states.to(self.compute_dtype), grads.top_k_weights, grads.lora)
 
@@ -255,12 +253,13 @@ class KernelBackend(Backend):
         total: list[Tensor] | None = None
         start = 0
         for chunk in self._chunks(inputs):
-            rows = slice(start, start + chunk.hidden_states.shape[0])
-            start = rows.stop
+            rows = slice(start, start := start + len(chunk.hidden_states))
             # K6, K7: the rows of the cached forward are those of this call, or the forward is run again.
             if ticket == STATELESS or ticket != self._cached:
                 self._forward(chunk, True)
             pointers = [t.data_ptr() for t in (grad_output[rows], grad_x[rows], *buffers, grad_w[rows])]
+            for buffer in buffers:  # K28: it takes some of what lies at an address that it knows for its own
+                buffer.zero_()
             self._cached = STATELESS  # the backward takes the activations off the cache, even if Ctrl-C comes
             self._host.run(self._moe.backward_task(*pointers, 0, 0, 0, False, 1.0))
             if inputs.lora is not None:
@@ -272,8 +271,8 @@ class KernelBackend(Backend):
 
     def _idle(self, chunk: Inputs) -> Tensor:
         """Experts that no token goes to."""
-        rows = torch.bincount(chunk.top_k_index.flatten() + 1, minlength=self.shape.num_experts + 1)[1:]  # [E]
-        return (rows == 0).nonzero().squeeze(-1)
+        rows = torch.bincount(chunk.top_k_index.flatten() + 1, minlength=self.shape.num_experts + 1)
+        return (rows[1:] == 0).nonzero().squeeze(-1)
 
 
 def _sound_rows(inputs: Inputs, grad_output: Tensor, grads: Gradients) -> Tensor:
