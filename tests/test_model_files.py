@@ -241,7 +241,7 @@ def test_merge_and_quantize_read_the_same(folder, tmp_path, monkeypatch):
 
 @each_folder
 def test_llamafactory_reads_the_same(folder):
-    patches = pytest.importorskip("ktmoe.llamafactory.patches")
+    loading = pytest.importorskip("ktmoe.llamafactory.loading")
     path, options = folder
     if options:
         pytest.skip("LLaMA-Factory has no such argument")

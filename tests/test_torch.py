@@ -346,7 +346,7 @@ def test_the_key_reaches_the_layer(packing, recwarn):
     weights = contract.draw_case(SMALL, 1, seed=0).weights
     config = KTConfig(kt_backend="torch", kt_torch_packing=packing)
     experts = MoEExperts(weights, top_k=2, r=4, config=config)
-    products = experts._backend._products
+    products = experts._backend.backend._products
     assert experts._backend.compute_dtype == torch.bfloat16
     assert isinstance(products, FromSource if packing == "off" else Packed)
     if packing != "off":
@@ -378,13 +378,25 @@ def test_where_bf16_is_slow_products_are_fp32(monkeypatch):
 
 def test_the_measurement_compares_both(monkeypatch):
     """Whichever is faster on this host, by the times that were taken."""
-    choice.why_not_bf16.cache_clear()
     for half, full, pays in ((1.0, 1.0, True), (1.0, 0.5, False)):
         times = iter((half, half, full, full))
         monkeypatch.setattr(choice, "_fastest", lambda run, times=times: next(times))
         monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
-        assert (choice.why_not_bf16(packed=True) == "") == pays
-        choice.why_not_bf16.cache_clear()
+        assert (choice._compared(packed=True) == "") == pays
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
-    assert "no instructions" in choice.why_not_bf16(packed=True)
+    assert "no instructions" in choice._compared(packed=True)
+
+
+def test_what_was_measured_is_kept(monkeypatch, tmp_path):
+    """A run that is resumed computes as before, also on a machine that is busy now."""
+    monkeypatch.setenv("KTMOE_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(choice, "_compared", lambda packed: "fp32 was faster")
+    choice.why_not_bf16.cache_clear()
+    assert choice.why_not_bf16(packed=True) == "fp32 was faster"
+    monkeypatch.setattr(choice, "_compared", lambda packed: "")
+    choice.why_not_bf16.cache_clear()
+    assert choice.why_not_bf16(packed=True) == "fp32 was faster"
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    choice.why_not_bf16.cache_clear()
+    assert choice.why_not_bf16(packed=True) == ""
     choice.why_not_bf16.cache_clear()
