@@ -13,7 +13,6 @@ MINIMUM_LOSS_DROP = 0.4  # nats per token
 MINIMUM_PREFERENCE_GAIN = 0.5  # nats per token, of preferred answers over the others
 # Two fp32 computations of one function differ by about 1e-6 here.
 MAXIMUM_UPCYCLING_DIFFERENCE = 1e-5
-# An adapter spoilt on purpose shows: README.md of this folder has the figures.
 MAXIMUM_LOGITS_DIFFERENCE = 1e-4
 
 
