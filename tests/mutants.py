@@ -191,15 +191,14 @@ class Mutant:
 
     def __init__(self, backend, inputs=None, output=None, gradients=None):
         self.backend, self.inputs, self.output, self.gradients = backend, inputs, output, gradients
-        self.shape, self.compute_dtype, self.int8 = backend.shape, backend.compute_dtype, backend.int8
+
+    def __getattr__(self, name):
+        return getattr(self.backend, name)
 
     def forward(self, inputs, *, save):
         inputs = self.inputs(inputs) if self.inputs else inputs
         out, ticket = self.backend.forward(inputs, save=save)
         return (self.output(out.clone()) if self.output else out), ticket
-
-    def holds(self, ticket):
-        return self.backend.holds(ticket)
 
     def backward(self, ticket, inputs, grad_output):
         inputs = self.inputs(inputs) if self.inputs else inputs

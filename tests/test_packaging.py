@@ -33,7 +33,7 @@ def names(requirements):
 
 def pins():
     found = {}
-    for file in ("constraints", "kernel", "llamafactory"):
+    for file in ("constraints", "kernel", "llamafactory", "model"):
         for requirement in read_requirements(file):
             (specifier,) = requirement.specifier
             assert specifier.operator == "==", requirement

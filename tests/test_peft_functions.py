@@ -153,7 +153,7 @@ def test_a_model_with_adapters_is_not_given_others_over_them(tmp_path):
 def test_what_peft_refuses_is_one_error(config):
     base = attach(model(), REFERENCE)
     before = {n: type(m) for n, m in base.named_modules()}
-    with pytest.raises(KTError, match="peft_config: "):
+    with pytest.raises(KTError, match=r"peft_config: |target_modules: "):
         ktmoe.get_peft_model(base, config)
     assert {n: type(m) for n, m in base.named_modules()} == before
 

@@ -185,7 +185,8 @@ def test_gradients_of_equal_experts_add_up_to_those_of_the_dense_model(real_laye
     found = lora_gradients(model, batch_of(real_layers.dense))
     assert found.keys() == exact.keys()
     for name, gradient in exact.items():
-        limit = max(1e-4, SLACK * relative(rounded[name], gradient))
+        # Twice, as the contract has it: kernels also round the LoRA and its gradients.
+        limit = max(1e-4, 2 * relative(rounded[name], gradient))
         assert relative(found[name], gradient) < limit, name
 
 

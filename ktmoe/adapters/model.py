@@ -134,9 +134,9 @@ def load_adapter(
             adapter_name,
             autocast_adapter_dtype=autocast_adapter_dtype,
         )
-        fill(peft_model, adapter, adapter_name)
         if not is_trainable:
             peft_model.eval()
+        fill(peft_model, adapter, adapter_name)  # last: what it overwrites comes back only if it is the one that fails
     return peft_model
 
 

@@ -162,10 +162,9 @@ class _KTPeftMixin(_Pickled):
                     options = known(super().add_adapter, autocast_adapter_dtype=autocast_adapter_dtype)  # type: ignore[misc]
                     super().add_adapter(adapter_name, config, **options)  # type: ignore[misc]
                 _set_requires_grad(self, adapter_name, is_trainable)
-            result = fill(self, adapter, adapter_name)
             if not is_trainable:
                 self.eval()
-        return result
+            return fill(self, adapter, adapter_name)  # last: what it overwrites comes back only if it fails itself
 
     def add_adapter(
         self: Any,
