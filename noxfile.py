@@ -48,6 +48,8 @@ CONTRACT = [
         "mutants",
         "gate",
         "amx_emulation",
+        "retained",
+        "real_weights",
     )
 ]
 

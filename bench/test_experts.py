@@ -6,7 +6,6 @@ Compare backends within one run only, on an idle machine. A time never fails a r
 """
 
 import pytest
-import torch
 
 from ktmoe.backends import KERNEL_BACKENDS, TABLE, build, kt
 from ktmoe.config import KTConfig
@@ -29,10 +28,9 @@ def layer(request, shape):
     case = contract.draw_case(contract.reduced(SHAPES[shape]), TOKENS, seed=0)
     backend = build(plan(KTConfig(kt_backend=name), case.shape), case.weights, case.shape, case.lora.scaling)
     assert contract.judge(backend, case, TABLE[name].expected) == []
-    inputs = make_inputs(
-        case.hidden_states, case.top_k_index, case.top_k_weights, case.lora, case.shape, torch.bfloat16
-    )
-    yield backend, inputs, case.grad_output
+    dtype = backend.compute_dtype
+    inputs = make_inputs(case.hidden_states, case.top_k_index, case.top_k_weights, case.lora, case.shape, dtype)
+    yield backend, inputs, case.grad_output.to(dtype)
     backend.close()
 
 

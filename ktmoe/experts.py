@@ -97,6 +97,11 @@ class MoEExperts(nn.Module):
     in_features = out_features = hidden_size  # peft asks a layer that it adapts
 
     @property
+    def compute_dtype(self) -> torch.dtype:
+        """What the backend computes in; until one is loaded, bfloat16 is the guess."""
+        return self._backend.compute_dtype if self._backend else torch.bfloat16
+
+    @property
     def lora(self) -> dict[str, nn.Parameter]:
         """The module's own LoRA parameters by the names of `LORA_NAMES`; empty without `r`."""
         if not self.r:

@@ -148,7 +148,7 @@ def test_every_step_fails_in_turn(name, folder):
     assert 0 < counted.seen < whole.seen
     _forget(folder, name)
 
-    @settings(max_examples=6)
+    @settings(max_examples=4)
     @given(st.integers(1, counted.seen))
     def fails(at):
         made = make(folder)

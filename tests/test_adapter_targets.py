@@ -309,6 +309,7 @@ def test_a_second_adapter_is_not_put_inside_of_what_the_first_trains_in_full():
         made.add_adapter("third", lora("lm_head"))
 
 
+@pytest.mark.slow
 def test_router_and_dora_through_llamafactory(tmp_path):
     """What the preflight lets through also trains, is saved, and goes on from its checkpoint."""
     pytest.importorskip("llamafactory")

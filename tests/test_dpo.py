@@ -89,6 +89,7 @@ def expected(workspace):
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["torch", *KERNELS])
 @pytest.mark.parametrize("stage", ["sft", "dpo"])
 def test_curves_follow_the_reference(workspace, expected, backend, stage):

@@ -50,6 +50,7 @@ def make(name, weights, share_backward=True):
     return KernelBackend(name, weights, shape, scaling=2.0, max_len=256, share_backward=share_backward)
 
 
+@pytest.mark.slow
 @every_kernel
 def test_every_mutant_is_rejected_on_real_weights(name, mlps):
     case = case_of(mlps)

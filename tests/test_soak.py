@@ -8,7 +8,8 @@ import pytest
 import torch
 from helpers import KERNEL_BACKENDS
 
-from ktmoe.backends.kt import kernel
+from ktmoe.backends import kt
+from ktmoe.backends.kt import extension
 from ktmoe.config import KTConfig
 from ktmoe.verify import soak, tuning
 from ktmoe.verify.growth import late_rise, trend
@@ -142,8 +143,9 @@ def check(result, *names):
 
 def test_the_command_without_a_kernel(monkeypatch, capsys, tmp_path, steps):
     """A clean run: nothing is wrong, and the exit code says only that no kernel was there."""
-    monkeypatch.setattr(kernel, "available", lambda: False)
-    monkeypatch.setattr(kernel, "variant", lambda: "no kernel (a test)")
+    monkeypatch.setattr(extension, "available", lambda: False)
+    monkeypatch.setattr(kt, "available", lambda: False)
+    monkeypatch.setattr(kt, "variant", lambda: "no kernel (a test)")
     code, out, result = finish(capsys, tmp_path)
     assert result["problems"] == []
     assert (code, result["verdict"]) == (1, "not verified")

@@ -218,6 +218,7 @@ def test_loraplus_of_peft(path):
     assert sum(".experts." in n and id(p) in rates for n, p in model.named_parameters()) == 2 * 6
 
 
+@pytest.mark.slow
 def test_the_rest_of_the_model_may_be_compiled(path, tokenizer, tmp_path):
     """The graph breaks at the experts; what TorchDynamo traces around them gives the same numbers."""
     found = {}

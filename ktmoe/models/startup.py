@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import nn
 
 from ktmoe.adapters import LoraExperts
@@ -47,8 +46,7 @@ def _activation(layers: list[MoEExperts], lora_bytes: int) -> str:
     mode = layers[0].config.kt_cpu_activation
     if mode == "recompute":
         return "ktmoe: kt_cpu_activation: recompute: gradient checkpointing runs the experts' forward twice"
-    dtype = torch.float32 if layers[0].plan.backend == "reference" else torch.bfloat16
-    per_token = sum(bytes_per_token(m.shape(1), dtype) for m in layers) / 1e3
+    per_token = sum(bytes_per_token(m.shape(1), m.compute_dtype) for m in layers) / 1e3
     limit = "" if mode == "retain" else " while a tenth of the memory is free"
     return (
         f"ktmoe: kt_cpu_activation: {mode}: gradient checkpointing does not run the experts' forward twice{limit}: "

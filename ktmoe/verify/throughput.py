@@ -52,13 +52,13 @@ def measure(names: list[str], case: contract.Case, rounds: int, show: Any = iter
 
 
 def _once(backend: Backend, case: contract.Case) -> tuple[float, float]:
-    inputs = make_inputs(
-        case.hidden_states, case.top_k_index, case.top_k_weights, case.lora, case.shape, torch.bfloat16
-    )
+    dtype = backend.compute_dtype
+    inputs = make_inputs(case.hidden_states, case.top_k_index, case.top_k_weights, case.lora, case.shape, dtype)
+    grad_output = case.grad_output.to(dtype)
     start = time.perf_counter()
     _, ticket = backend.forward(inputs, save=True)
     middle = time.perf_counter()
-    backend.backward(ticket, inputs, case.grad_output)
+    backend.backward(ticket, inputs, grad_output)
     return middle - start, time.perf_counter() - middle
 
 
