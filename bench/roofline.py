@@ -11,6 +11,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -19,17 +20,18 @@ from ktmoe.backends.torch import choice
 from ktmoe.backends.torch.backend import TorchBackend
 from ktmoe.backends.torch.products import Packed
 from ktmoe.gate import contract
+from ktmoe.shapes import SHAPES
 from ktmoe.types import Inputs, MoEShape
 
 
-SHAPES = {  # E, H, I, K, r; tokens
-    "smollm2": (MoEShape(8, 576, 1536, 2, 8), 512),
-    "small": (MoEShape(64, 1024, 768, 6, 8), 512),
-    "v2-lite": (MoEShape(64, 2048, 1408, 6, 8), 1024),
-    "v2-lite/4": (MoEShape(16, 2048, 1408, 6, 8), 256),
-    "qwen3": (MoEShape(128, 2048, 768, 8, 8), 1024),
-    "mixtral": (MoEShape(8, 4096, 14336, 2, 8), 512),
-    "mixtral/2": (MoEShape(4, 4096, 14336, 2, 8), 256),
+ROWS = {  # a layer, and tokens
+    "smollm2": (SHAPES["SmolLM2-135M, upcycled"], 512),
+    "small": (MoEShape(num_experts=64, hidden_size=1024, intermediate_size=768, top_k=6, rank=8), 512),
+    "v2-lite": (SHAPES["DeepSeek-V2-Lite"], 1024),
+    "v2-lite/4": (replace(SHAPES["DeepSeek-V2-Lite"], num_experts=16), 256),  # where memory or time is short
+    "qwen3": (SHAPES["Qwen3-30B-A3B"], 1024),
+    "mixtral": (SHAPES["Mixtral-8x7B"], 512),
+    "mixtral/2": (replace(SHAPES["Mixtral-8x7B"], num_experts=4), 256),
 }
 REST = 0.12  # seconds
 
@@ -73,7 +75,7 @@ def build(mode: str, weights, shape: MoEShape) -> TorchBackend:
 
 def measure(name: str, mode: str, repetitions: int) -> None:
     """Prints a line."""
-    shape, usual = SHAPES[name]
+    shape, usual = ROWS[name]
     case = contract.draw_case(shape, 1, seed=0)
     backend = build(mode, case.weights, shape)
     generator = torch.Generator().manual_seed(0)
@@ -103,7 +105,7 @@ def measure(name: str, mode: str, repetitions: int) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("shapes", nargs="*", default=["smollm2", "small"], help=", ".join(SHAPES))
+    parser.add_argument("shapes", nargs="*", default=["smollm2", "small"], help=", ".join(ROWS))
     parser.add_argument(
         "--mode", default="auto", help="auto, or: both, forward (packed), bf16, fp32 (from the source)"
     )

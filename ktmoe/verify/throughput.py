@@ -20,9 +20,13 @@ from ktmoe.config import KTConfig
 from ktmoe.gate import contract
 from ktmoe.interface import Backend
 from ktmoe.planning import plan
+from ktmoe.shapes import SHAPES
 from ktmoe.types import MoEShape
 from ktmoe.validation import make_inputs
-from ktmoe.verify import accuracy, results
+from ktmoe.verify import results
+
+
+_SHAPE = "DeepSeek-V2-Lite"
 
 
 def measure(names: list[str], case: contract.Case, rounds: int, show: Any = iter) -> dict[str, dict[str, list[float]]]:
@@ -87,7 +91,7 @@ def main(argv: list[str] | None = None) -> int:
         if getattr(args, option) < 1:
             parser.error(f"--{option}: got {getattr(args, option)}; expected at least 1")
     console = results.console()
-    shapes = results.model_shapes(args) or {"DeepSeek-V2-Lite": accuracy.SHAPES["DeepSeek-V2-Lite"]}
+    shapes = results.model_shapes(args) or {_SHAPE: contract.reduced(SHAPES[_SHAPE])}
     runs: list[dict[str, Any]] = []
     for name, shape in shapes.items():
 
