@@ -17,7 +17,7 @@ from typing import Any
 import peft
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
-from peft.utils import ModulesToSaveWrapper, hotswap
+from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 from ktmoe.adapters.beside import EXPERTS_FILE, folder_of
@@ -97,9 +97,12 @@ def install() -> None:
         return
     _wrap(BaseTuner, "inject_adapter", _check_injection)
     _wrap(PeftModel, "load_adapter", _check_files)
-    for name in ("hotswap_adapter_from_state_dict", "_convert_scalings_to_tensor"):
-        if hasattr(hotswap, name):
-            _wrap(hotswap, name, _check_hotswap)
+    with contextlib.suppress(ImportError):  # before peft 0.14
+        from peft.utils import hotswap
+
+        for name in ("hotswap_adapter_from_state_dict", "_convert_scalings_to_tensor"):
+            if hasattr(hotswap, name):
+                _wrap(hotswap, name, _check_hotswap)
     with contextlib.suppress(ImportError):  # before 0.15
         from peft.optimizers.lorafa import LoraFAOptimizer
 
