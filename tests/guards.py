@@ -164,19 +164,25 @@ def lock():
 
 
 def evaluation_ends_tickets():
-    @wrap(KernelBackend, "_forward")
-    def forward(self, real, inputs, save):
+    @wrap(KernelBackend, "forward")
+    def forward(self, real, inputs, *, save):
         kept = self._cached
-        out = real(self, inputs, save)
+        found = real(self, inputs, save=save)
         self._cached = self._cached if save else kept
-        return out
+        return found
 
 
-def idle_experts():
+def cleared_buffers():
     """Whatever lay in the buffers becomes the gradient of an expert without tokens."""
-    KernelBackend._idle = lambda self, chunk: torch.empty(0, dtype=torch.int64)
+    lora.clear = lambda buffers: [t.fill_(7.0) for t in buffers]
+
+
+def default_gradients():
+    """Buffers cleared every time would do as well; so this is the mode alone, with buffers that a caller keeps."""
+    setting("authoritative_optimizer_grads", False)
     real = lora.gradient_buffers
-    lora.gradient_buffers = lambda shape: [t.fill_(7.0) for t in real(shape)]
+    lora.gradient_buffers = functools.cache(lambda shape: [t.zero_() for t in real(shape)])
+    lora.clear = nothing
 
 
 def task_arguments():
@@ -195,7 +201,7 @@ GUARDS = {
     9: functools.partial(setting, "share_cache_pool", True),
     10: layer_ids,
     11: refresh,
-    12: functools.partial(setting, "authoritative_optimizer_grads", False),
+    12: default_gradients,
     13: masters,
     14: null_gradients,
     15: sound_rows,
@@ -211,6 +217,6 @@ GUARDS = {
     25: weight_pointers,
     26: lock,
     27: evaluation_ends_tickets,
-    28: idle_experts,
+    28: cleared_buffers,
     29: task_arguments,
 }

@@ -258,21 +258,15 @@ class KernelBackend(Backend):
             if ticket == STATELESS or ticket != self._cached:
                 self._forward(chunk, True)
             pointers = [t.data_ptr() for t in (grad_output[rows], grad_x[rows], *buffers, grad_w[rows])]
-            for buffer in buffers:  # K28: it takes some of what lies at an address that it knows for its own
-                buffer.zero_()
+            lora.clear(buffers)
             self._cached = STATELESS  # the backward takes the activations off the cache, even if Ctrl-C comes
             self._host.run(self._moe.backward_task(*pointers, 0, 0, 0, False, 1.0))
             if inputs.lora is not None:
-                parts = lora.take(buffers, inputs.lora, self.scaling, self._idle(chunk))
+                parts = lora.take(buffers, inputs.lora, self.scaling)
                 total = parts if total is None else [t.add_(p) for t, p in zip(total, parts, strict=True)]
         if inputs.lora is not None and total is None:  # no token at all
             total = [torch.zeros(s) for s in self.shape.lora_shapes(inputs.lora.rank).values()]
         return Gradients(grad_x, grad_w, total)
-
-    def _idle(self, chunk: Inputs) -> Tensor:
-        """Experts that no token goes to."""
-        rows = torch.bincount(chunk.top_k_index.flatten() + 1, minlength=self.shape.num_experts + 1)
-        return (rows[1:] == 0).nonzero().squeeze(-1)
 
 
 def _sound_rows(inputs: Inputs, grad_output: Tensor, grads: Gradients) -> Tensor:

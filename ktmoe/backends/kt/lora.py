@@ -39,14 +39,19 @@ def gradient_buffers(shape: MoEShape) -> list[Tensor]:
     return [torch.empty(size, dtype=torch.bfloat16) for size in shape.lora_shapes().values()]
 
 
-def take(buffers: Sequence[Tensor], lora: Lora, scaling: float, idle: Tensor) -> list[Tensor]:
+def clear(buffers: Sequence[Tensor]) -> None:
+    """Before every backward. K28: the kernel takes rows at an address that it was given before for its own."""
+    for buffer in buffers:
+        buffer.zero_()
+
+
+def take(buffers: Sequence[Tensor], lora: Lora, scaling: float) -> list[Tensor]:
     """LoRA gradients out of the kernel's buffers, in fp32 and in one pass each.
 
     Args:
         buffers: as the backward left them.
         lora: whose gradients they are; the rank's padding is taken off.
         scaling: that the object was built for; the chain rule through a rescaled B.
-        idle: experts without a token. K28: the kernel does not write their rows, which hold another call's numbers.
     """
     found = []
     for name, buffer in zip(LORA_NAMES, buffers, strict=True):
@@ -54,7 +59,7 @@ def take(buffers: Sequence[Tensor], lora: Lora, scaling: float, idle: Tensor) ->
         grad = torch.empty(part.shape, dtype=torch.float32).copy_(part)
         if name.endswith("lora_B") and lora.scaling != scaling:
             grad *= lora.scaling / scaling
-        found.append(grad.index_fill_(0, idle, 0.0) if len(idle) else grad)
+        found.append(grad)
     return found
 
 
