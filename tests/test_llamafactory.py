@@ -245,13 +245,14 @@ def test_one_batch_however_it_is_cut(workspace):
 
 
 def test_the_best_model_is_loaded_at_the_end(workspace):
-    """A learning rate that ruins the model: an early checkpoint stays the best, and the run stops early."""
-    keys = dict(eval_dataset="rows", eval_strategy="steps", eval_steps=1, save_steps=1, learning_rate=20.0)
-    workspace.run("best", load_best_model_at_end=True, early_stopping_steps=2, **keys)
+    """The largest loss counts as the best: it falls, so the first checkpoint stays that, and the run stops early."""
+    keys = dict(eval_dataset="rows", eval_strategy="steps", eval_steps=1, save_steps=1)
+    best = dict(metric_for_best_model="eval_loss", greater_is_better=True, load_best_model_at_end=True)
+    workspace.run("best", early_stopping_steps=2, **best, **keys)
     evaluated = logs(workspace.root / "best", "eval_loss")
-    best = evaluated.index(min(evaluated)) + 1
-    assert len(evaluated) == best + 2 < STEPS
-    same(adapter(workspace.root / "best"), adapter(workspace.root / "best" / f"checkpoint-{best}"))
+    assert sorted(evaluated, reverse=True) == evaluated
+    assert len(evaluated) == 3 < STEPS
+    same(adapter(workspace.root / "best"), adapter(workspace.root / "best" / "checkpoint-1"))
 
 
 def test_evaluation_alone(workspace, trained):
