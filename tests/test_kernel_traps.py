@@ -305,9 +305,11 @@ def test_an_interrupted_call_ends_before_its_tensors(name):
                 signal.setitimer(signal.ITIMER_REAL, random.uniform(1e-4, 8e-3))
                 step()
                 signal.setitimer(signal.ITIMER_REAL, 0)
-            except KeyboardInterrupt:
+            except (KeyboardInterrupt, RuntimeError) as error:
+                # The signal may come within torch's own `with torch.no_grad()`, or in a finalizer, which swallows it.
+                assert isinstance(error, KeyboardInterrupt) or "does not require grad" in str(error)
                 interrupted += 1
-                torch.set_grad_enabled(True)  # the signal may come within torch's own `with torch.no_grad()`
+                torch.set_grad_enabled(True)
         signal.setitimer(signal.ITIMER_REAL, 0)
         # Not the same bits: the kernel's threads add up in another order each time.
         print(interrupted > 20 and max(map(relative, step(), expected)) < 1e-6)
