@@ -62,18 +62,14 @@ class LoraExperts(nn.Module, LoraLayer):
         """Adds an adapter.
 
         Raises:
-            KTError: a LoRA variant that the experts do not have, or a rank above what they were loaded for.
+            KTError: a rank above what the experts were loaded for. Variants of LoRA that they do not have are refused
+                earlier (`ktmoe.adapters.targets`).
         """
 
         def option(name: str, default: Any) -> Any:
             return kwargs.get(name, default) if config is None else getattr(config, name, default)
 
-        for name in ("use_dora", "lora_bias", "use_qalora"):
-            if option(name, False):
-                raise KTError(f"{name}: got True; the routed experts have plain LoRA only. Set it to False.")
         init = option("init_lora_weights", True)
-        if init not in PLAIN_INIT:
-            raise KTError(f"init_lora_weights: got {init!r}; the routed experts take True, False or 'gaussian'.")
         base: MoEExperts = self.get_base_layer()
         if base.r:
             raise KTError(
