@@ -183,6 +183,20 @@ def test_an_unavailable_kernel_falls_back_and_says_so():
     assert done.stdout.startswith("1 ktmoe: the routed experts run on the torch backend (no SFT kernel on this host")
 
 
+def test_a_forced_variant_for_another_cpu_is_no_kernel_and_no_crash(tmp_path):
+    """An AVX-512 variant on a CPU without it stops the process while it is imported."""
+    (tmp_path / "kt_kernel.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGILL)")
+    done = run_python(f"""
+        import os, sys
+        sys.path.insert(0, {str(tmp_path)!r})
+        os.environ.update(KT_KERNEL_CPU_VARIANT="avx512_base", PYTHONPATH={str(tmp_path)!r})
+        from ktmoe.backends import kt
+        print(kt.available(), kt.variant())
+    """)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("False KT_KERNEL_CPU_VARIANT is avx512_base, and this CPU cannot run that variant")
+
+
 def test_bad_calls_are_refused():
     experts = module("torch")
     x, i, w = torch.zeros(5, 64), torch.zeros(5, 2, dtype=torch.int64), torch.zeros(5, 2)

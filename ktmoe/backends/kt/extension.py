@@ -6,6 +6,7 @@ import ctypes
 import functools
 import importlib.metadata
 import os
+import subprocess
 import sys
 import threading
 from collections import defaultdict
@@ -31,12 +32,16 @@ def version() -> str:
 _TASKS_LEAK = version() == "0.7.2"
 _free = ctypes.CDLL(None).free
 _free.argtypes, _free.restype = [ctypes.c_void_p], None
+_FORCED = "KT_KERNEL_CPU_VARIANT"  # kt_kernel's own variable; without it, it looks at the CPU
 CLASSES = {"AMXBF16": "AMXBF16_SFT_MOE", "AMXInt8": "AMXInt8_SFT_MOE"}
 
 
 @functools.cache
 def _extension() -> tuple[Any, str]:
     """The extension module and its CPU variant, or None and the reason why there is none."""
+    forced = os.environ.get(_FORCED)
+    if forced and _crashes():
+        return None, f"{_FORCED} is {forced}, and this CPU cannot run that variant of kt_kernel (unset {_FORCED})"
     try:
         with quiet():
             import kt_kernel
@@ -48,6 +53,11 @@ def _extension() -> tuple[Any, str]:
     if missing:
         return None, f"kt_kernel's {variant} variant, the one for this CPU, has no {', '.join(missing)}"
     return extension, variant
+
+
+def _crashes() -> bool:
+    """Whether importing kt_kernel ends the process: a variant for another CPU stops at its first instruction."""
+    return subprocess.run([sys.executable, "-c", "import kt_kernel"], capture_output=True).returncode < 0
 
 
 def available() -> bool:
