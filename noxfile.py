@@ -23,6 +23,9 @@ nox.options.sessions = ["lint", "types", "tests"]
 ENV = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
 
 
+# Whole files to each process, since their tests share models; more processes than this meet in memory and on disk.
+PARALLEL = ("--numprocesses=auto", "--maxprocesses=4", "--dist=loadfile")
+
 # transformers, peft and what belongs to that transformers; the rest is the tested set's.
 PAIRS = (
     ("4.40.2", "0.12.0", "tokenizers==0.19.1", "huggingface-hub==0.36.2"),
@@ -101,9 +104,9 @@ def demo(session: nox.Session) -> None:
 
 @nox.session
 def tests(session: nox.Session) -> None:
-    """Runs the tests; arguments after `--` go to pytest."""
+    """Runs the tests, a process for every core; arguments after `--` go to pytest (`-n 0`: in one process)."""
     install_tested_set(session, "tests")
-    session.run("python", "-m", "pytest", *session.posargs, env=ENV)
+    session.run("python", "-m", "pytest", *PARALLEL, *session.posargs, env=ENV)
 
 
 @nox.session

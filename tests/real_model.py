@@ -23,8 +23,10 @@ from safetensors.torch import save_file
 ROOT = Path(__file__).resolve().parent.parent
 UPCYCLE = ROOT / "examples" / "demo" / "upcycle.py"
 PIN = ROOT / "requirements" / "model.txt"
-# Read before conftest.py moves the caches of everything else: a checkpoint made once serves every later run.
-CACHE = Path(os.environ.get("KTMOE_CACHE_DIR") or platformdirs.user_cache_dir("ktmoe")) / "real_model"
+# Read before conftest.py moves the caches of everything else, and kept for the worker processes of the test run: a
+# checkpoint made once serves every later run.
+_USERS = os.environ.get("KTMOE_CACHE_DIR") or platformdirs.user_cache_dir("ktmoe")
+CACHE = Path(os.environ.setdefault("KTMOE_REAL_MODEL_DIR", f"{_USERS}/real_model"))
 FEW_LAYERS = 4
 
 
