@@ -24,6 +24,11 @@ BACKENDS = [
     pytest.param(b, marks=[pytest.mark.kernel] if b in KERNELS else []) for b in ("reference", "torch", *KERNELS)
 ]
 KERNEL_BACKENDS = [pytest.param(b, marks=[pytest.mark.kernel]) for b in KERNELS]
+# Where the CPU has no instructions for bf16, oneDNN packs nothing and the torch backend computes in fp32.
+PACKS = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+needs_packing = pytest.mark.skipif(
+    not PACKS, reason="oneDNN's packed weights NOT verified on this host: the CPU has no instructions for bfloat16"
+)
 # Starts children that have imported everything and started nothing: a Python of its own takes seconds for that.
 FORKSERVER = multiprocessing.get_context("forkserver")
 FORKSERVER.set_forkserver_preload(["guards", "helpers"])

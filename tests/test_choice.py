@@ -142,6 +142,7 @@ def test_a_part_of_the_experts_stands_for_all():
     assert measuring.part_of(SMALL) == (SMALL, 512)
 
 
+@kernel
 def test_the_kernel_leaves_a_core(monkeypatch):
     for cores, threads in ((1, 1), (2, 1), (8, 7), (64, 60)):
         monkeypatch.setattr("ktmoe.planning.usable_cores", lambda cores=cores: cores)

@@ -188,6 +188,7 @@ def test_a_failed_probe_stops_the_load(name, cache, monkeypatch):
         MoEExperts(lying, top_k=2, r=4, config=KTConfig(kt_backend=name, kt_max_len=64))
 
 
+@pytest.mark.kernel
 def test_threads_stay_within_what_the_process_may_use():
     """A pool that is larger than a container's share waits by spinning on cores that it does not have."""
     done = run_python("""

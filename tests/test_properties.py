@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from helpers import BACKENDS, KERNELS
+from helpers import BACKENDS, KERNELS, PACKS, needs_packing
 from hypothesis import given
 from hypothesis import strategies as st
 from ktmoe_reference import LORA_NAMES, experts_forward
@@ -35,9 +35,10 @@ GRANULE = {"AMXBF16": 32, "AMXInt8": 64}
 TORCH = {  # dtype of rows and products, and what multiplies
     "source": (torch.bfloat16, FromSource),
     "cast": (torch.float32, FromSource),
-    "packed": (torch.bfloat16, functools.partial(Packed, rows=8, backward=True)),
-    "packed forward": (torch.bfloat16, functools.partial(Packed, rows=64, backward=False)),
 }
+if PACKS:
+    TORCH["packed"] = (torch.bfloat16, functools.partial(Packed, rows=8, backward=True))
+    TORCH["packed forward"] = (torch.bfloat16, functools.partial(Packed, rows=64, backward=False))
 COPIES = 16
 FACTOR = 5.0  # times the worst copy; that one is about twice the standard deviation
 SMALLEST = 1e-30  # noise: what is smaller may underflow
@@ -315,6 +316,11 @@ def judge(got, expected, noisy):
     return {name: times for name, times in found.items() if times > FACTOR}
 
 
+@needs_packing
+def test_the_torch_backend_is_drawn_with_packed_weights():
+    assert {layer.way for layer in layers("torch")} == {"source", "cast", "packed", "packed forward"}
+
+
 @every_backend
 @given(data=st.data())
 def test_matches_the_specification(name, data):
@@ -353,7 +359,11 @@ def test_what_holds_bit_for_bit(name, data):
 def test_planted_faults_are_found(name):
     """The same judgement finds every fault of one line in an ordinary call of many tokens, or in one of few."""
     layer = Layer(
-        MoEShape(num_experts=4, hidden_size=64, intermediate_size=64, top_k=2, rank=4), 64, 1, True, "packed"
+        MoEShape(num_experts=4, hidden_size=64, intermediate_size=64, top_k=2, rank=4),
+        64,
+        1,
+        True,
+        "packed" if PACKS else "cast",
     )
     backend = built(name, layer, 0)
     missed = {n: {"inputs": f} for n, f in INPUTS.items()}

@@ -7,7 +7,7 @@ from weakref import WeakSet
 
 import pytest
 import torch
-from helpers import SMALL, relative, stack
+from helpers import SMALL, needs_packing, relative, stack
 from ktmoe_reference import LORA_NAMES
 
 from ktmoe import memory
@@ -31,7 +31,8 @@ WAYS = {
     "packed forward": (torch.bfloat16, functools.partial(Packed, rows=64, backward=False)),
 }
 LIMITS = {name: TABLE["reference" if name == "fp32" else "torch"].expected for name in WAYS}
-every_way = pytest.mark.parametrize("way", WAYS)
+PACKED = [pytest.param(way, marks=needs_packing) for way in ("packed", "packed forward")]
+every_way = pytest.mark.parametrize("way", ["bf16", "fp32", *PACKED])
 SHAPES = {
     "small": SMALL,
     "odd": MoEShape(5, 71, 43, 3, 3),
@@ -292,7 +293,7 @@ def _bytes(buffers):
 
 def test_closed_experts_say_so():
     case = contract.draw_case(SMALL, 4, seed=0)
-    b = built("packed", case.weights, SMALL)
+    b = built("bf16", case.weights, SMALL)
     _, ticket = b.forward(inputs_of(case), save=True)
     b.close()
     b.close()
@@ -343,7 +344,9 @@ def test_memory_decides_on_copies(free, copies, monkeypatch):
 
 
 @pytest.mark.usefixtures("bf16_pays")
-@pytest.mark.parametrize("packing", ["auto", "both", "forward", "off"])
+@pytest.mark.parametrize(
+    "packing", ["off", *(pytest.param(p, marks=needs_packing) for p in ("auto", "both", "forward"))]
+)
 def test_the_key_reaches_the_layer(packing, recwarn):
     weights = contract.draw_case(SMALL, 1, seed=0).weights
     config = KTConfig(kt_backend="torch", kt_torch_packing=packing)
@@ -355,6 +358,7 @@ def test_the_key_reaches_the_layer(packing, recwarn):
         assert bool(products._down_backward) == (packing != "forward")
 
 
+@needs_packing
 def test_new_weights_are_packed_anew(bf16_pays):
     first, second = (contract.draw_case(SMALL, 20, seed) for seed in (0, 1))
     experts = MoEExperts(first.weights, top_k=2, config=KTConfig(kt_backend="torch", kt_torch_packing="both"))
@@ -380,6 +384,7 @@ def test_where_bf16_is_slow_products_are_fp32(monkeypatch):
 
 def test_the_measurement_compares_both(monkeypatch):
     """Whichever is faster on this host, by the times that were taken."""
+    monkeypatch.setattr(choice, "Packed", lambda weights, rows, backward: FromSource(weights))
     for half, full, pays in ((1.0, 1.0, True), (1.0, 0.5, False)):
         times = iter((half, half, full, full))
         monkeypatch.setattr(choice, "_fastest", lambda run, times=times: next(times))
