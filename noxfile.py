@@ -111,7 +111,8 @@ def tests(session: nox.Session) -> None:
 
 @nox.session
 def accuracy(session: nox.Session) -> None:
-    """Contract, traps, mutants and the accuracy tables, of this CPU's kernel and of the AMX binary, emulated.
+    """Contract, traps, mutants and the accuracy tables, of this CPU's kernel and of the AMX binary, emulated;
+    and a table of a real model's weights, layer by layer.
 
     Arguments after `--` go to the tables' command; --allow-unverified succeeds where there is no kernel.
     """
@@ -119,6 +120,8 @@ def accuracy(session: nox.Session) -> None:
     session.run("python", "-m", "pytest", "-m", "slow or not slow", *CONTRACT, env=ENV)
     session.run("python", "-m", "ktmoe.verify.traps", *_allowance(session), env=ENV)
     session.run("python", "-m", "ktmoe.verify.accuracy", *session.posargs, env=ENV)
+    real = str(session.run("python", "tests/real_model.py", silent=True, env=ENV)).strip()
+    session.run("python", "-m", "ktmoe.verify.weights", "--model", real, *_allowance(session), env=ENV)
     # Exit code 3: no AMX and no way to emulate it.
     amx = ("python", "-m", "amx_emulation", "python", "-m", "ktmoe.verify.accuracy", "--label", AMX_LABEL)
     session.run(

@@ -87,3 +87,7 @@ def _truncate(out: Path) -> None:
 
 def _layer(name: str) -> int:
     return int(name.split(".")[2]) if name.startswith("model.layers.") else 0
+
+
+if __name__ == "__main__":
+    print(checkpoints().moe)
