@@ -121,7 +121,10 @@ def table(layers: list[Layer]) -> Table:
         out.add_row(one.name, *(f"{100 * r.mean():.2g} / {100 * r.max():.2g} ({int(r.argmax())})" for r in rows))
     out.add_section()
     limits = (held.forward, held.backward, aimed.forward, aimed.backward)[: len(columns)]
-    out.add_row("limit; for the format: aimed at" if kind == "AMXInt8" else "limit", *(f"{100 * limit:.1f}" for limit in limits))
+    out.add_row(
+        "limit; for the format: aimed at" if kind == "AMXInt8" else "limit",
+        *(f"{100 * limit:.1f}" for limit in limits),
+    )
     return out
 
 
