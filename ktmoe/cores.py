@@ -7,14 +7,13 @@ core that was given to somebody else.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
+from ktmoe.cgroups import ROOT, folders, text
 
-_ROOT = Path("/")
 
-
-def usable_cores(root: Path = _ROOT) -> int:
+def usable_cores(root: Path = ROOT) -> int:
     """Physical cores that the process may keep busy: those in its mask, no more than its quota, at least one.
 
     Args:
@@ -25,7 +24,7 @@ def usable_cores(root: Path = _ROOT) -> int:
     return max(1, found if limit is None else min(found, int(limit)))
 
 
-def cores(root: Path = _ROOT, node: int | None = None) -> list[list[int]]:
+def cores(root: Path = ROOT, node: int | None = None) -> list[list[int]]:
     """The physical cores in the process's mask, each with its hyper-threads in the mask.
 
     Args:
@@ -37,12 +36,12 @@ def cores(root: Path = _ROOT, node: int | None = None) -> list[list[int]]:
     found: dict[str, list[int]] = {}
     for cpu in sorted(_mask()):
         if near is None or cpu in near:
-            siblings = _text(system / f"cpu/cpu{cpu}/topology/thread_siblings_list") or str(cpu)
+            siblings = text(system / f"cpu/cpu{cpu}/topology/thread_siblings_list") or str(cpu)
             found.setdefault(siblings, []).append(cpu)
     return list(found.values())
 
 
-def numa_nodes(root: Path = _ROOT) -> list[int]:
+def numa_nodes(root: Path = ROOT) -> list[int]:
     """Ids of the NUMA nodes that have cores in the process's mask, [0] where the system does not say."""
     names = (root / "sys/devices/system/node").glob("node[0-9]*")
     found = sorted(int(n.name.removeprefix("node")) for n in names)
@@ -64,29 +63,16 @@ def shares(threads: int, own: Sequence[Sequence[int]]) -> list[set[int]]:
     return [{cpu for core in group for cpu in core} for group in groups]
 
 
-def quota(root: Path = _ROOT) -> float | None:
+def quota(root: Path = ROOT) -> float | None:
     """CPUs that the process's control groups (v1, v2) grant it over time, the least of all levels; None: no limit."""
-    limits = [limit for folder in _groups(root) if (limit := _limit(folder)) is not None]
+    limits = [limit for folder in folders("cpu", root) if (limit := _limit(folder)) is not None]
     return min(limits, default=None)
 
 
-def _groups(root: Path) -> Iterator[Path]:
-    """Folders that may hold a CPU limit. A container sees its own group as the mount's top, whatever its path says."""
-    for line in _text(root / "proc/self/cgroup").splitlines():
-        _, controllers, path = line.split(":", 2)
-        if controllers and "cpu" not in controllers.split(","):
-            continue
-        tops = (controllers, "cpu") if controllers else (".", "unified")
-        for top in dict.fromkeys(root / "sys/fs/cgroup" / name for name in tops):
-            inner = Path(path.strip("/"))
-            levels = [] if ".." in inner.parts else [inner, *inner.parents]
-            yield from dict.fromkeys([top, *(top / level for level in levels)])
-
-
 def _limit(folder: Path) -> float | None:
-    allowed, _, period = _text(folder / "cpu.max").partition(" ")
+    allowed, _, period = text(folder / "cpu.max").partition(" ")
     if not allowed:
-        allowed, period = _text(folder / "cpu.cfs_quota_us"), _text(folder / "cpu.cfs_period_us")
+        allowed, period = text(folder / "cpu.cfs_quota_us"), text(folder / "cpu.cfs_period_us")
     try:
         return int(allowed) / int(period) if int(allowed) > 0 else None
     except (ValueError, ZeroDivisionError):  # "max", or no such file
@@ -99,12 +85,5 @@ def _mask() -> set[int]:
 
 def _ids(path: Path) -> set[int]:
     """`0-3,8` as numbers."""
-    spans = [span.partition("-") for span in _text(path).split(",") if span]
+    spans = [span.partition("-") for span in text(path).split(",") if span]
     return {cpu for first, _, last in spans for cpu in range(int(first), int(last or first) + 1)}
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text().strip()
-    except OSError:
-        return ""

@@ -1,40 +1,48 @@
-"""Memory of this machine, or of the container that this process is in."""
+"""Memory of this machine, or of the container or batch job that this process is in."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 
+from ktmoe.cgroups import ROOT, folders, text
 
-_CGROUP = Path("/sys/fs/cgroup")
+
 _FILES = (  # of control groups, version 2 and 1
-    ("memory.max", "memory.current", "memory.stat"),
-    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat"),
+    ("memory.max", "memory.current"),
+    ("memory.limit_in_bytes", "memory.usage_in_bytes"),
 )
 
 
-def available() -> int:
-    """Bytes that this process can still have without swapping."""
-    limit = _limit()
-    free = psutil.virtual_memory().available
-    return free if limit is None else max(0, min(free, limit[1]))
+def available(root: Path = ROOT) -> int:
+    """Bytes that this process can still have without swapping.
+
+    Args:
+        root: where `/proc` and `/sys` are.
+    """
+    return max(0, min([psutil.virtual_memory().available, *(most - used for most, used in _limits(root))]))
 
 
-def total() -> int:
-    """Bytes that there are, used or not."""
-    limit = _limit()
-    most = psutil.virtual_memory().total
-    return most if limit is None else min(most, limit[0])
+def total(root: Path = ROOT) -> int:
+    """Bytes that there are, used or not.
+
+    Args:
+        root: where `/proc` and `/sys` are.
+    """
+    return min([psutil.virtual_memory().total, *(most for most, _ in _limits(root))])
 
 
-def _limit() -> tuple[int, int] | None:
-    """The container's limit and what is left of it, if it has one."""
-    for limit, usage, stat in _FILES:
-        try:
-            most, used = int((_CGROUP / limit).read_text()), int((_CGROUP / usage).read_text())
-            cached = dict(line.split() for line in (_CGROUP / stat).read_text().splitlines())
-        except (OSError, ValueError):  # no such hierarchy, or "max"
-            continue
-        return most, most - used + int(cached.get("inactive_file", 0))  # files' pages are given back when asked for
-    return None
+def _limits(root: Path) -> Iterator[tuple[int, int]]:
+    """The limit of each control group that has one, and what counts against it."""
+    for folder in folders("memory", root):
+        for limit, usage in _FILES:
+            try:
+                most, used = int(text(folder / limit)), int(text(folder / usage))
+            except ValueError:  # "max", or no such file
+                continue
+            stat = dict(line.split() for line in text(folder / "memory.stat").splitlines())
+            # Pages of files are given back when asked for. v1 sums them up with the groups below under another name.
+            inactive = stat.get("total_inactive_file", stat.get("inactive_file", 0))
+            yield most, used - int(inactive)
