@@ -17,7 +17,18 @@ def missing() -> str:
     """Why nothing can be built here, or ""."""
     if (platform.system(), platform.machine()) != ("Linux", "x86_64"):
         return f"AMX is emulated on Linux on x86-64 only, this is {platform.system()} on {platform.machine()}"
+    if "avx512_bf16" not in cpu_flags():
+        return "kt_kernel's AMX binary needs AVX512-BF16 beside AMX, and only AMX is emulated"
     return "" if shutil.which("cc") else "no C compiler (cc) to build the emulation of AMX with"
+
+
+def cpu_flags() -> set[str]:
+    """What Linux says the CPU has; empty elsewhere."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return set()
+    return set(next((line for line in lines if line.startswith("flags")), "").split())
 
 
 def library(directory: Path) -> Path | None:
