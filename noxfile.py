@@ -6,6 +6,7 @@ what they need. pip rather than uv, so that a user's own pip configuration (mirr
 
 from __future__ import annotations
 
+import runpy
 import sys
 import zipfile
 from pathlib import Path
@@ -26,18 +27,16 @@ ENV = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFE
 # Whole files to each process, since their tests share models; more processes than this meet in memory and on disk.
 PARALLEL = ("--numprocesses=auto", "--maxprocesses=4", "--dist=loadfile")
 
-# transformers, peft and what belongs to that transformers; the rest is the tested set's.
-PAIRS = (
-    ("4.40.2", "0.12.0", "tokenizers==0.19.1", "huggingface-hub==0.36.2"),
-    ("4.51.3", "0.17.1", "tokenizers==0.21.4", "huggingface-hub==0.36.2"),
-    ("4.57.6", "0.18.1", "tokenizers==0.22.2", "huggingface-hub==0.36.2"),
-    ("4.57.6", "0.21.2", "tokenizers==0.22.2", "huggingface-hub==0.36.2"),
-    ("5.2.0", "0.18.1", "tokenizers==0.22.2", "huggingface-hub==1.33.0"),
-    ("5.5.4", "0.18.1", "tokenizers==0.22.2", "huggingface-hub==1.33.0"),
-    ("5.5.4", "0.20.0", "tokenizers==0.22.2", "huggingface-hub==1.33.0"),
-    ("5.23.0", "0.20.0", "tokenizers==0.23.3", "huggingface-hub==1.33.0"),
-    ("5.23.0", "0.21.2", "tokenizers==0.23.3", "huggingface-hub==1.33.0"),
-)
+# What belongs to a transformers release; the rest of a pair is the tested set's.
+BESIDE = {
+    "4.40.2": ("tokenizers==0.19.1", "huggingface-hub==0.36.2"),
+    "4.51.3": ("tokenizers==0.21.4", "huggingface-hub==0.36.2"),
+    "4.57.6": ("tokenizers==0.22.2", "huggingface-hub==0.36.2"),
+    "5.2.0": ("tokenizers==0.22.2", "huggingface-hub==1.33.0"),
+    "5.5.4": ("tokenizers==0.22.2", "huggingface-hub==1.33.0"),
+    "5.23.0": ("tokenizers==0.23.3", "huggingface-hub==1.33.0"),
+}
+PAIRS = runpy.run_path(str(Path(__file__).with_name("ktmoe") / "tested.py"))["PAIRS"]
 CPUINFO = Path("/proc/cpuinfo")
 AMX_LABEL = "(the AMX binary: native where the CPU has AMX, else emulated)"
 CONTRACT = [
@@ -162,14 +161,14 @@ def matrix(session: nox.Session) -> None:
     """
     install_tested_set(session, "tests")
     results = []
-    for transformers, peft, *more in PAIRS:
+    for transformers, peft in PAIRS:
         pair = f"{transformers}+{peft}"
         if session.posargs and pair not in session.posargs:
             continue
         folder = Path(session.create_tmp()) / pair
         result = folder.with_suffix(".json")
         if not folder.exists():  # in front of the tested set's own, which stays as it is
-            wanted = (f"transformers=={transformers}", f"peft=={peft}", *more)
+            wanted = (f"transformers=={transformers}", f"peft=={peft}", *BESIDE[transformers])
             session.install("--no-deps", "--target", str(folder), *wanted)
         session.run("python", "tests/matrix.py", str(result), env={**ENV, "PYTHONPATH": str(folder)})
         results.append(str(result))

@@ -13,17 +13,18 @@ if TYPE_CHECKING:
     from ktmoe.adapters import get_peft_model, load_adapter
     from ktmoe.config import KTConfig
     from ktmoe.convert import merge_adapter
+    from ktmoe.errors import KernelError, KTError
     from ktmoe.experts import MoEExperts
     from ktmoe.models import attach, detach, load_model
-    from ktmoe.types import ExpertWeights, KernelError, KTError
+    from ktmoe.types import ExpertWeights
 
 __version__ = "0.1.0.dev0"
 
 _HOME = {
     "ExpertWeights": "types",
     "KTConfig": "config",
-    "KTError": "types",
-    "KernelError": "types",
+    "KTError": "errors",
+    "KernelError": "errors",
     "MoEExperts": "experts",
     "attach": "models",
     "detach": "models",

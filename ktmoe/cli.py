@@ -1,4 +1,4 @@
-"""The command line: `ktmoe train`, `chat`, `export`, `eval`, `verify`, `quantize`, `merge`."""
+"""The command line: `ktmoe train`, `chat`, `export`, `eval`, `doctor`, `verify`, `quantize`, `merge`."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Annotated, Any, Optional
 import typer
 
 import ktmoe
+from ktmoe.errors import KTError
 from ktmoe.exits import run
-from ktmoe.types import KTError
 
 
 app = typer.Typer(
@@ -88,6 +88,21 @@ def evaluate(ctx: typer.Context) -> None:
         )
 
     run(command)
+
+
+@app.command()
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of the table.")] = False,
+) -> None:
+    """Look at this machine and installation: CPU, cores, memory, caches, versions, kernel, GPU, each with its remedy.
+
+    Exit code 0: nothing stands in the way, though notes may say what would be faster; 1: there is a problem.
+    """
+    from rich.console import Console
+
+    from ktmoe.doctor import doctor as diagnosis
+
+    raise typer.Exit(diagnosis(as_json, Console()))
 
 
 @app.command()

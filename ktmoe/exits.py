@@ -6,7 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 
-from ktmoe.types import KernelError, KTError
+from ktmoe.errors import KernelError, KTError
 
 
 def run(command: Callable[[], None]) -> None:

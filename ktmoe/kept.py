@@ -52,8 +52,12 @@ def write(about: dict[str, Any], kind: str = "gate", **results: Any) -> None:
 
 
 def _path(about: dict[str, Any], kind: str = "gate") -> Path:
-    folder = Path(os.environ.get("KTMOE_CACHE_DIR") or platformdirs.user_cache_dir("ktmoe")) / kind
-    return folder / f"{hashlib.sha256(_canonical(about)).hexdigest()[:32]}.json"
+    return cache_folder() / kind / f"{hashlib.sha256(_canonical(about)).hexdigest()[:32]}.json"
+
+
+def cache_folder() -> Path:
+    """Where all of it is: `KTMOE_CACHE_DIR`, or `ktmoe` in the user's cache directory."""
+    return Path(os.environ.get("KTMOE_CACHE_DIR") or platformdirs.user_cache_dir("ktmoe"))
 
 
 def _canonical(content: dict[str, Any]) -> bytes:
