@@ -1,4 +1,4 @@
-"""The command line: `ktmoe train`, `chat`, `export`, `eval`, `doctor`, `verify`, `quantize`, `merge`."""
+"""The command line: every command of `ktmoe`, its arguments and its help."""
 
 from __future__ import annotations
 
@@ -52,6 +52,40 @@ def train(ctx: typer.Context) -> None:
     from ktmoe.llamafactory import main as train_main
 
     run(lambda: train_main(ctx.args))
+
+
+@app.command(**_FORWARD)
+def check(ctx: typer.Context) -> None:
+    """Everything that `ktmoe train` would refuse before loading a model, without training: the same arguments.
+
+    Keys, data sets, the Trainer's settings, model, adapter and backend, from configuration files alone. Exit code 2
+    with the first that is wrong.
+    """
+    from ktmoe.llamafactory import check as checked
+
+    run(lambda: typer.echo(f"ktmoe: {checked(ctx.args)}"))
+
+
+@app.command()
+def examples(
+    name: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Argument(help="The one to write into the current folder; without it, the names of all."),
+    ] = None,
+) -> None:
+    """List the example configurations that come with ktmoe, or write one to start from.
+
+    For example: ktmoe examples qwen3_moe_lora_sft_kt
+    """
+    from ktmoe.llamafactory import shipped
+
+    def command() -> None:
+        if name is None:
+            typer.echo("\n".join(shipped.examples()))
+        else:
+            typer.echo(f"ktmoe: {shipped.write_example(name)} is written. ktmoe check, then ktmoe train, take it.")
+
+    run(command)
 
 
 @app.command(**_FORWARD)

@@ -6,6 +6,7 @@ import json
 import os
 import sys
 
+import families
 import pytest
 import yaml
 from peft import LoraConfig, PrefixTuningConfig
@@ -13,7 +14,7 @@ from transformers import LlamaConfig, Qwen3MoeConfig, TrainingArguments
 from typer.testing import CliRunner
 
 from ktmoe.cli import app
-from ktmoe.llamafactory import keys
+from ktmoe.llamafactory import keys, shipped
 from ktmoe.types import KTError
 
 
@@ -582,20 +583,101 @@ def test_data_that_come_with_ktmoe(train, tmp_path, monkeypatch, stage, name):
     assert "There are: mine." in refused(train, dataset=name, dataset_dir="data")  # a folder of the user's own wins
 
 
-@pytest.mark.parametrize("name", ["qwen3_moe_lora_sft_kt.yaml", "qwen3_moe_lora_dpo_kt.yaml"])
-def test_examples_run_in_an_empty_folder(train, model, tmp_path, monkeypatch, capsys, name):
-    """As the README has the command, for who has the package alone."""
-    from ktmoe.llamafactory import main
+FAMILY = {  # of an example's model, by the first letters of its name
+    "deepseek_v2": "DeepSeek-V2",
+    "deepseek_v3": "DeepSeek-V3",
+    "mixtral": "Mixtral",
+    "qwen2": "Qwen2-MoE",
+    "qwen3": "Qwen3-MoE",
+}
+
+
+@pytest.mark.parametrize("name", shipped.examples())
+def test_examples_run_in_an_empty_folder(train, tmp_path, monkeypatch, capsys, name):
+    """As the README has the command, for who has the package alone; each with a small model of its family."""
+    from ktmoe.llamafactory import check, main
 
     (tmp_path / "empty").mkdir()
     monkeypatch.chdir(tmp_path / "empty")
-    argv = [f"examples/{name}", f"model_name_or_path={model}", "use_cpu=true", "kt_backend=torch"]
+    family = next(full for start, full in FAMILY.items() if name.startswith(start))
+    families.config(family).save_pretrained(tmp_path / "of family")
+    argv = [
+        f"examples/{name}.yaml",
+        f"model_name_or_path={tmp_path / 'of family'}",
+        "use_cpu=true",
+        "kt_backend=torch",
+    ]
+    assert "nothing was found that would be refused before loading. Routed experts: torch." in check(argv)
     with pytest.raises(Loaded):
         main(argv)
     assert "the example that comes with ktmoe is used" in capsys.readouterr().err
     with pytest.raises(KTError, match="cannot be read"):
         main(["examples/none.yaml"])
     assert list((tmp_path / "empty").iterdir()) == []
+
+
+@pytest.mark.parametrize(("given", "slow", "dtype"), [
+    ({"bf16": False}, True, "float32"), ({"bf16": False}, False, "bfloat16"), ({"bf16": True}, True, "bfloat16"),
+])  # fmt: skip
+def test_without_bf16_everything_is_fp32_where_a_cpu_has_no_instructions_for_it(
+    train, model, monkeypatch, given, slow, dtype
+):
+    """LLaMA-Factory alone would load the dtype that the checkpoint has."""
+    from llamafactory.model import load_config
+    from llamafactory.train import sft
+
+    Qwen3MoeConfig(**SIZES, **MOE, dtype="bfloat16").save_pretrained(model)
+    monkeypatch.setattr("ktmoe.llamafactory.loading.bf16_is_slow", lambda: slow)
+    found = []
+
+    def load(model_args):
+        config = load_config(model_args)
+        found.append(str(getattr(config, "dtype", None) or config.torch_dtype).removeprefix("torch."))
+        raise Loaded
+
+    monkeypatch.setattr(sft.workflow, "load_tokenizer", load)
+    with pytest.raises(Loaded):
+        train(**given)
+    assert found == [dtype]
+
+
+def test_check_refuses_what_train_refuses_and_loads_nothing(train, model, tmp_path):
+    from ktmoe.llamafactory import check
+
+    with pytest.raises(Loaded):
+        train()
+    config = str(tmp_path / "config.yaml")
+    assert check([config]).endswith("refused before loading. Routed experts: reference.")
+    assert not (tmp_path / "out").exists()
+    for wrong, says in (
+        ("kt_backend=AMXBF8", "AMXBF8"),
+        ("report_to=nonsense", "nonsense"),
+        ("dataset=tony", "There are: toy."),
+        ("model_name_or_path=nowhere", "nowhere"),
+        ("use_kt=false", "use_kt: got false"),
+        ("kt_nonsense=1", "kt_nonsense"),
+    ):
+        with pytest.raises(KTError, match=says):
+            check([config, wrong])
+    done = CliRunner().invoke(app, ["check", config, "kt_backend=AMXBF8"])
+    assert done.exit_code == 2
+    assert done.stderr.startswith("ktmoe: kt_backend: got 'AMXBF8'")
+
+
+def test_examples_are_listed_and_written_once(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(app, ["examples"])
+    assert done.stdout.split() == list(shipped.examples())
+    assert CliRunner().invoke(app, ["examples", "mixtral_lora_sft_kt"]).exit_code == 0
+    written = tmp_path / "mixtral_lora_sft_kt.yaml"
+    assert yaml.safe_load(written.read_text())["use_kt"] is True
+    written.write_text("mine")
+    done = CliRunner().invoke(app, ["examples", "mixtral_lora_sft_kt.yaml"])
+    assert done.exit_code == 2
+    assert "is there already" in done.stderr
+    assert written.read_text() == "mine"
+    done = CliRunner().invoke(app, ["examples", "mixtral"])
+    assert done.stderr.startswith("ktmoe: NAME: got 'mixtral'; expected one of mixtral_lora_sft_kt")
 
 
 def test_torchrun_is_this_pythons(train, monkeypatch, tmp_path):

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 import ktmoe
 from ktmoe import KTConfig, KTError
 from ktmoe.adapters.model import get_peft_model
-from ktmoe.models import attach, check_model, summary
+from ktmoe.models import attach, check_model, startup, summary
 
 
 # Those whose adapters are tried here; tests/test_families.py has all.
@@ -174,6 +174,15 @@ def test_summary_says_what_runs_where():
     assert "reference" in text
     assert "3 MoE layers x 4 experts" in text
     assert f"{in_experts:,} in expert LoRA, {others:,} elsewhere" in text
+
+
+@pytest.mark.parametrize(
+    ("dtype", "slow", "said"), [(torch.bfloat16, True, 1), (torch.bfloat16, False, 0), (torch.float32, True, 0)]
+)
+def test_bf16_without_instructions_for_it_is_said(monkeypatch, dtype, slow, said):
+    monkeypatch.setattr(startup, "bf16_is_slow", lambda: slow)
+    lines = summary(attach(model(dtype=dtype), REFERENCE, lora=lora("experts")))
+    assert sum("many times slower than float32" in line for line in lines) == said
 
 
 def test_a_checkpoint_without_experts_is_not_written(tmp_path):

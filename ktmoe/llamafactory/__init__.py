@@ -6,10 +6,11 @@ import os
 import sys
 from collections.abc import Sequence
 
+from ktmoe.errors import KTError
 from ktmoe.llamafactory import keys, shipped, torchrun
 
 
-__all__ = ["install", "main"]
+__all__ = ["check", "install", "main"]
 
 
 def install() -> None:
@@ -30,11 +31,7 @@ def main(argv: Sequence[str], command: str = "train") -> None:
         KTError: arguments that the user can mend.
         SystemExit: from LLaMA-Factory's parser, or with the exit code of torchrun.
     """
-    if argv and (found := shipped.example(argv[0])):
-        print(f"ktmoe: {argv[0]}: no such file; the example that comes with ktmoe is used.", file=sys.stderr)
-        argv = [str(found), *argv[1:]]
-    args = keys.flat(keys.read(argv))
-    keys.check(args)
+    argv, args = _read(argv)
     if keys.uses_kt(args):
         _engage(args)
     install()
@@ -43,6 +40,46 @@ def main(argv: Sequence[str], command: str = "train") -> None:
     torchrun.use_own(launcher)
     sys.argv = ["ktmoe", command, *argv]
     cli.main()
+
+
+def check(argv: Sequence[str]) -> str:
+    """Everything that `ktmoe train` would refuse before it loads anything, and nothing else.
+
+    Args:
+        argv: as `main` takes it.
+
+    Returns:
+        What would run, in a line.
+
+    Raises:
+        KTError: what would be refused.
+    """
+    _, args = _read(argv)
+    if not keys.uses_kt(args):
+        raise KTError(
+            "use_kt: got false; ktmoe check looks at trainings with use_kt: true. LLaMA-Factory runs others."
+        )
+    _engage(args)
+    install()
+    from llamafactory.hparams import parser
+
+    from ktmoe.llamafactory import preflight
+
+    model_args, _, training_args, finetuning_args, _ = parser.get_train_args(args)
+    return (
+        f"{finetuning_args.stage} of {model_args.model_name_or_path} to {training_args.output_dir}: nothing was found "
+        f"that would be refused before loading. {preflight.experts_in_words(model_args, finetuning_args)}"
+    )
+
+
+def _read(argv: Sequence[str]) -> tuple[Sequence[str], keys.Args]:
+    """The arguments with an example's own path, if one is meant, and the keys in them, checked."""
+    if argv and (found := shipped.example(argv[0])):
+        print(f"ktmoe: {argv[0]}: no such file; the example that comes with ktmoe is used.", file=sys.stderr)
+        argv = [str(found), *argv[1:]]
+    args = keys.flat(keys.read(argv))
+    keys.check(args)
+    return argv, args
 
 
 def _engage(args: keys.Args) -> None:

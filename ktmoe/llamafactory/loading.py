@@ -7,12 +7,15 @@ from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
+import torch
+
 from ktmoe import adapters
 from ktmoe.checkpoints import Checkpoint
 from ktmoe.llamafactory import preflight
 from ktmoe.llamafactory.arguments import kt_config
 from ktmoe.llamafactory.logs import logger, warnings_to_log
 from ktmoe.models import (
+    bf16_is_slow,
     check_headers,
     forget_fp8,
     moe_layers,
@@ -42,6 +45,9 @@ def load_config(original: Any) -> Any:
         config = original(model_args)
         if model_args.use_kt:
             forget_fp8(config)  # `stream` dequantises; LLaMA-Factory and transformers need a GPU for it
+            if model_args.compute_dtype is None and bf16_is_slow():
+                # With bf16: false. LLaMA-Factory would load the configuration's dtype all the same.
+                setattr(config, "dtype" if hasattr(config, "dtype") else "torch_dtype", torch.float32)
         return config
 
     return load_config

@@ -55,6 +55,17 @@ def check_loading(model_args: Any, finetuning_args: Any) -> None:
     _check_reference(model_args, finetuning_args)
 
 
+def experts_in_words(model_args: Any, finetuning_args: Any) -> str:
+    """Which backends would run the routed experts, and why not the one that was asked for."""
+    from ktmoe.models import expert_shapes
+    from ktmoe.planning import plan
+
+    shapes = expert_shapes(load_config(model_args), largest_rank(model_args, finetuning_args))
+    plans = [plan(kt_config(model_args), shape) for shape in shapes]
+    found = dict.fromkeys(f"{p.backend} ({p.note})" if p.note else p.backend for p in plans)
+    return f"Routed experts: {', '.join(found)}."
+
+
 def check_inference(model_args: Any, finetuning_args: Any, lora: LoraConfig | None = None) -> None:
     """What `check_loading` does for a model that is not trained; with `lora`, for one that gets this adapter.
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 from pathlib import Path
+
+from ktmoe.types import KTError
 
 
 DATA = Path(__file__).with_name("own_data")
@@ -20,7 +23,38 @@ def example(path: str) -> Path | None:
     asked = Path(path)
     if asked.exists() or asked.parent.name not in ("", "examples"):
         return None
-    return next((f for folder in _EXAMPLES if (f := folder / asked.name).is_file()), None)
+    return examples().get(asked.stem) if asked.suffix == ".yaml" else None
+
+
+def examples() -> dict[str, Path]:
+    """The example configurations by name, without their `.yaml`."""
+    folder = next(f for f in _EXAMPLES if f.is_dir())
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def write_example(name: str) -> Path:
+    """Copies an example into the current folder.
+
+    Args:
+        name: one of `examples`, with or without `.yaml`.
+
+    Raises:
+        KTError: there is no such example, or there is a file of that name already.
+    """
+    known = examples()
+    source = known.get(name.removesuffix(".yaml"))
+    if source is None:
+        near = difflib.get_close_matches(name, known, n=3, cutoff=0.3)
+        raise KTError(f"NAME: got {name!r}; expected one of {', '.join(near or known)}.")
+    out = Path(source.name)
+    try:
+        with out.open("x", encoding="utf-8") as file:  # never over what is there
+            file.write(source.read_text(encoding="utf-8"))
+    except FileExistsError:
+        raise KTError(f"{out}: is there already. Move it away, or run this in another folder.") from None
+    except OSError as error:
+        raise KTError(f"{out}: cannot be written ({error.strerror}).") from error
+    return out
 
 
 def datasets() -> list[str]:

@@ -7,11 +7,12 @@ from ktmoe.models.families import find, names_on_disk
 from ktmoe.models.loading import check_headers, forget_fp8, load_model, stream, without_experts
 from ktmoe.models.native import native_class, native_config
 from ktmoe.models.skeleton import check_model, expert_shapes, experts_in, make_skeleton
-from ktmoe.models.startup import summary
+from ktmoe.models.startup import bf16_is_slow, summary
 
 
 __all__ = [
     "attach",
+    "bf16_is_slow",
     "check_headers",
     "check_model",
     "detach",

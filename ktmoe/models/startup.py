@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
 from ktmoe.adapters import LoraExperts
@@ -38,6 +39,24 @@ def summary(model: nn.Module) -> list[str]:
         f"weights in host memory; everything else on {', '.join(sorted(rest)) or 'cpu'}",
         f"ktmoe: trainable parameters: {of_experts:,} in expert LoRA, {others:,} elsewhere",
         _activation(layers, 4 * of_experts),
+        *_slow_dtype(model),
+    ]
+
+
+def bf16_is_slow() -> bool:
+    """Whether models compute on a CPU without instructions for bf16: on AVX2 a backward took up to 60 times fp32's."""
+    if torch.cuda.is_available() or not torch.backends.mkldnn.is_available():
+        return False
+    return not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def _slow_dtype(model: nn.Module) -> list[str]:
+    dtypes = {p.dtype for p in model.parameters() if not p.requires_grad and p.device.type == "cpu"}
+    if torch.bfloat16 not in dtypes or not bf16_is_slow():
+        return []
+    return [
+        "ktmoe: everything but the routed experts is in bfloat16, which this CPU has no instructions for: many times "
+        "slower than float32. In LLaMA-Factory bf16: false, in Python dtype=torch.float32."
     ]
 
 
