@@ -654,7 +654,7 @@ def test_check_refuses_what_train_refuses_and_loads_nothing(train, model, tmp_pa
         ("report_to=nonsense", "nonsense"),
         ("dataset=tony", "There are: toy."),
         ("model_name_or_path=nowhere", "nowhere"),
-        ("use_kt=false", "use_kt: got false"),
+        ("use_kt=false", "use_kt: is not true"),
         ("kt_nonsense=1", "kt_nonsense"),
     ):
         with pytest.raises(KTError, match=says):

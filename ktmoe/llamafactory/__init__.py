@@ -57,7 +57,8 @@ def check(argv: Sequence[str]) -> str:
     _, args = _read(argv)
     if not keys.uses_kt(args):
         raise KTError(
-            "use_kt: got false; ktmoe check looks at trainings with use_kt: true. LLaMA-Factory runs others."
+            "use_kt: is not true in these arguments; ktmoe check looks at trainings with use_kt: true. Name a "
+            "configuration that has it (ktmoe examples lists some), or append use_kt=true."
         )
     _engage(args)
     install()
