@@ -124,6 +124,15 @@ def test_other_pairs(have):
     assert "together" not in findings
 
 
+def test_ktmoe_run_from_a_folder_has_no_ranges(have, monkeypatch):
+    def requires(name):
+        raise software.PackageNotFoundError(name)
+
+    have()
+    monkeypatch.setattr(software, "requires", requires)
+    assert {f.status for f in software.libraries()} == {OK}
+
+
 def test_llamafactory(have):
     have()
     assert [f.status for f in software.llamafactory()] == [OK]

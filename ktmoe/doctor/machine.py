@@ -55,8 +55,8 @@ def threads(root: Path = ROOT) -> Finding:
     given, usable = os.environ.get("OMP_NUM_THREADS"), usable_cores(root)
     if given is None or not given.isdigit() or int(given) == usable:
         return Finding("threads", "OMP_NUM_THREADS is not set" if given is None else f"OMP_NUM_THREADS is {given}")
-    less = int(given) < usable
-    what = f"OMP_NUM_THREADS is {given} for {usable} cores: what torch computes {'runs on fewer' if less else 'waits'}"
+    effect = "torch leaves cores idle" if int(given) < usable else "torch's threads wait for one another"
+    what = f"OMP_NUM_THREADS is {given} for {usable} cores: {effect}"
     return Finding("threads", what, Status.NOTE, f"export OMP_NUM_THREADS={usable}")
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import platform
 import sys
+from collections import defaultdict
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, requires, version
 
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
 from ktmoe.doctor.finding import Finding, Status
@@ -37,7 +39,7 @@ def python() -> Finding:
 
 def libraries() -> Iterator[Finding]:
     """torch, transformers and peft: each in ktmoe's range, and the last two with one another."""
-    ranges = {r.name: r.specifier for r in map(Requirement, requires("ktmoe") or ()) if r.marker is None}
+    ranges = _ranges()
     for name in ("torch", "transformers", "peft"):
         found = installed(name)
         if not found:
@@ -50,6 +52,15 @@ def libraries() -> Iterator[Finding]:
     transformers, peft = installed("transformers"), installed("peft")
     if transformers and peft:
         yield _pair(transformers, peft)
+
+
+def _ranges() -> dict[str, SpecifierSet]:
+    """What ktmoe asks for, by its own metadata; any version where it is run from a folder without being installed."""
+    try:
+        found = [Requirement(text) for text in requires("ktmoe") or ()]
+    except PackageNotFoundError:
+        found = []
+    return defaultdict(SpecifierSet, {r.name: r.specifier for r in found if r.marker is None})
 
 
 def _pair(transformers: str, peft: str) -> Finding:
