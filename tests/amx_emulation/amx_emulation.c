@@ -108,7 +108,7 @@ static int load_configuration(const void *from)
 {
     struct configuration c;
     memcpy(&c, from, sizeof c);
-    int wrong = c.palette > 1 || c.start_row >= ROWS;
+    int wrong = c.palette > 1; /* a CPU takes any start_row */
     for (unsigned i = 0; i < sizeof c.reserved; i++)
         wrong |= c.reserved[i];
     for (unsigned t = 0; t < TILES; t++) {
@@ -125,6 +125,13 @@ static int load_configuration(const void *from)
 static int configured(unsigned tile)
 {
     return tile < TILES && tiles.config.palette == 1 && tiles.config.rows[tile] != 0;
+}
+
+/* What a CPU demands of a transfer (tried on one with AMX): elements of four bytes, and a row to begin with. */
+static int transferable(unsigned tile)
+{
+    const struct configuration *c = &tiles.config;
+    return configured(tile) && c->row_bytes[tile] % 4 == 0 && c->start_row < c->rows[tile];
 }
 
 /* Between a tile and memory. From start_row on: it is not 0 if the program resumes a transfer that faulted. */
@@ -246,7 +253,7 @@ static int execute(ucontext_t *context, const struct instruction *in)
     if (in->wide || (in->vvvv != 0 && in->opcode < 0x50))
         return 0;
     if (in->opcode == 0x49 && in->memory && in->reg == 0 && prefix == 0) /* LDTILECFG */
-        return permitted && load_configuration(memory);
+        return load_configuration(memory); /* a CPU asks for the permission when a tile is used */
     if (in->opcode == 0x49 && in->memory && in->reg == 0 && prefix == 1) { /* STTILECFG */
         memcpy(memory, &tiles.config, sizeof tiles.config);
         return 1;
@@ -263,6 +270,8 @@ static int execute(ucontext_t *context, const struct instruction *in)
         return 1;
     }
     if (in->opcode == 0x4B && in->sib && prefix != 0) { /* F2 TILELOADD, 66 TILELOADDT1, F3 TILESTORED */
+        if (!transferable(in->reg))
+            return 0;
         transfer(in->reg, in->address, in->stride, prefix == 2);
         return 1;
     }

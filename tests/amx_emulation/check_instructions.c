@@ -296,11 +296,13 @@ static void check_tiles(void)
     static __thread uint8_t from[8][16 * 256], to[16 * 256], expected[16 * 256];
     for (int turn = 0; turn < 50; turn++) {
         struct configuration c = {.palette = 1}, stored;
+        uint8_t fewest = 16;
         for (int t = 0; t < 8; t++) {
             c.rows[t] = (uint8_t)draw(17);
-            c.row_bytes[t] = c.rows[t] ? (uint16_t)(1 + draw(64)) : 0;
+            c.row_bytes[t] = c.rows[t] ? (uint16_t)(4 * (1 + draw(16))) : 0;
+            fewest = c.rows[t] && c.rows[t] < fewest ? c.rows[t] : fewest;
         }
-        c.start_row = draw(3) ? 0 : (uint8_t)draw(5); /* as after a fault: the next transfer leaves out rows before */
+        c.start_row = draw(3) ? 0 : (uint8_t)draw(fewest); /* as after a fault: rows before it are left out */
         configure(&c);
         memset(&stored, 0xAA, sizeof stored);
         begin();
@@ -450,7 +452,11 @@ static void tile_zero(void)
 
 static const struct configuration SQUARE = {.palette = 1, .rows = {4, 4, 4}, .row_bytes = {16, 16, 16}};
 
-static void without_permission(void) { configure(&SQUARE); }
+static void without_permission(void)
+{
+    configure(&SQUARE); /* this much is free */
+    tile_zero();
+}
 
 static void without_configuration(void)
 {
@@ -467,6 +473,20 @@ static void after_release(void)
     run(NULL, 0);
     tile_zero();
 }
+
+static void load_with(uint8_t start_row, uint16_t row_bytes)
+{
+    static uint8_t memory[4 * STRIDE];
+    struct configuration c = SQUARE;
+    c.start_row = start_row;
+    c.row_bytes[0] = row_bytes;
+    ask_permission();
+    configure(&c);
+    load(0, memory, STRIDE);
+}
+
+static void parts_of_elements(void) { load_with(0, 15); }
+static void no_row_to_begin_with(void) { load_with(4, 16); }
 
 static void sizes_that_do_not_fit(void)
 {
@@ -498,8 +518,9 @@ static void sent(void)
 
 static void check_faults(void)
 {
-    void (*const faults[])(void) = {without_permission,    without_configuration, after_release,
-                                    sizes_that_do_not_fit, one_tile_twice,        another_instruction, sent};
+    void (*const faults[])(void) = {without_permission,   without_configuration, after_release,
+                                    parts_of_elements,    no_row_to_begin_with,  sizes_that_do_not_fit,
+                                    one_tile_twice,       another_instruction,   sent};
     for (size_t i = 0; i < sizeof faults / sizeof *faults; i++) {
         int status;
         pid_t child = fork();
