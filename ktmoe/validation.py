@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from ktmoe_reference import LORA_NAMES
@@ -24,7 +24,9 @@ def own_settings() -> Iterator[None]:
     The kernel takes pointers to host memory, and what it keeps is written again outside of inference mode. Leaving
     inference mode switches grad on, also within an autograd Function: a backend would record what it computes.
     """
-    with torch.device("cpu"), torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
+    # A default device is a mode through which every operation passes in Python: only where there is another one.
+    device = nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")
+    with device, torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
         yield
 
 

@@ -107,7 +107,7 @@ def test_objects_are_reused_and_not_mixed_with_those_that_quantise(packed):
         case = dataclasses.replace(contract.draw_case(shape, 24, seed), weights=weights(seed=seed))
         for found in (there.find(case.weights), None):
             backend = KernelBackend("AMXInt8", case.weights, shape, scaling=2.0, max_len=96, packed=found)
-            seen.append((backend.reloaded, id(backend._moe)))
+            seen.append((backend.reloaded, id(backend._made)))
             rows = contract.measure(case, contract.answer(backend, case), contract.specification(case))
             assert contract.violations(rows, limits("AMXInt8")) == []
             backend.close()

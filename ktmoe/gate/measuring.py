@@ -12,6 +12,7 @@ import time
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from ktmoe.backends import Plan, build
 from ktmoe.gate import contract
@@ -37,6 +38,9 @@ def part_of(shape: MoEShape) -> tuple[MoEShape, int]:
 
 def measure(shape: MoEShape, plans: Sequence[Plan]) -> list[float]:
     """Seconds of a training forward and backward under each plan: medians over other routings, taken in turns.
+
+    What stands around the experts in a model is part of it: what the kernel's threads take from torch's next products
+    counts.
 
     Args:
         shape: of the layer that is to be trained.
@@ -66,11 +70,21 @@ def _once(backend: Backend, tokens: int, lora: Lora, g: torch.Generator) -> floa
     index = torch.rand(tokens, shape.num_experts, generator=g).argsort(-1)[:, : shape.top_k]
     weights = torch.rand(tokens, shape.top_k, generator=g)
     inputs = make_inputs(x, index, weights, lora, shape, backend.compute_dtype)
+    dense = torch.randn(shape.hidden_size, shape.hidden_size, generator=g).to(torch.bfloat16)
     start = time.perf_counter()
     with backend.working():
         _, ticket = backend.forward(inputs, save=True)
+    _attention(inputs.hidden_states, dense, 1)
+    with backend.working():
         backend.backward(ticket, inputs, inputs.hidden_states)
+    _attention(inputs.hidden_states, dense, 2)
     return time.perf_counter() - start
+
+
+def _attention(x: Tensor, dense: Tensor, times: int) -> None:
+    """Four projections and a norm, as the rest of a layer has them at least."""
+    for _ in range(4 * times):
+        torch.nn.functional.rms_norm(x.to(dense.dtype) @ dense, dense.shape[:1])
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, ClassVar
 
+from ktmoe.backends.kt import resting
 from ktmoe.cores import cores, numa_nodes, shares
 from ktmoe.types import KTError
 
@@ -117,6 +118,7 @@ class Host:
             self.infer = self.extension.CPUInfer(pool)
         self._tids = _threads().keys() - others
         self._settled = False
+        self._workers: list[int] = []  # of `_tids`, which may hold a thread that somebody else started at that time
         self._bind()
         # Never destroyed: its destructor prints to stdout at interpreter exit, when nobody can redirect it any more.
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(self.infer))
@@ -142,15 +144,25 @@ class Host:
 
     def run(self, task: tuple[int, int]) -> None:
         """Runs one task to its end. The caller holds `lock`."""
+        with self.awake():
+            try:
+                self.infer.submit(task)
+            finally:  # also after Ctrl-C in between: the task's tensors must outlive it
+                self.infer.sync()
+                if _TASKS_LEAK:
+                    _free(task[1])
+        if not self._settled:  # a thread binds itself when it first runs: after a task each of them has
+            self._settled = True
+            self._bind()
+
+    @contextmanager
+    def awake(self) -> Iterator[None]:
+        """Around every call of the extension: some of them, constructors too, have the threads work. Holds `lock`."""
+        resting.wake()
         try:
-            self.infer.submit(task)
-        finally:  # also after Ctrl-C in between: the task's tensors must outlive it
-            self.infer.sync()
-            if _TASKS_LEAK:
-                _free(task[1])
-            if not self._settled:  # a thread binds itself when it first runs: after a task each of them has
-                self._settled = True
-                self._bind()
+            yield
+        finally:
+            resting.rest(self._workers)
 
     def _bind(self) -> None:
         """Gives each thread cores of its own in the process's mask: the extension counts from core 0, whatever it is.
@@ -158,10 +170,11 @@ class Host:
         Its threads are called `numa_{node}_{m|t}_{number}`, and its queue's thread has the mask already.
         """
         by_node: defaultdict[int, list[tuple[int, int]]] = defaultdict(list)
-        for tid, name in _threads().items():
-            if tid in self._tids and name.startswith("numa_"):
-                node, number = name.split("_")[1::2]
-                by_node[int(node)].append((int(number), tid))
+        named = {tid: name for tid, name in _threads().items() if tid in self._tids and name.startswith("numa_")}
+        self._workers = list(named)
+        for tid, name in named.items():
+            node, number = name.split("_")[1::2]
+            by_node[int(node)].append((int(number), tid))
         for at, numbered in by_node.items():
             own = cores(node=at) or cores()
             for (_, tid), cpus in zip(sorted(numbered), shares(len(numbered), own), strict=True):

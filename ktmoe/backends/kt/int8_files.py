@@ -57,6 +57,7 @@ class Int8Files:
         source = {p: contiguous(getattr(weights, p)) for p in PROJECTIONS}
         pointers = {p: t.data_ptr() for p, t in source.items()}
         with self._host.lock, quiet():
+            again = None
             if self._made is None:
                 before = set(self._scratch.glob("*"))
                 settings = {**pointers, "save": True, "path": str(self._scratch)}
@@ -65,6 +66,6 @@ class Int8Files:
             else:  # it makes its folders once only
                 for part in range(self._host.tp):
                     (self._written / f"_numa_{part}").mkdir(parents=True)
-                self._made.moe.set_base_weight_pointers(*pointers.values())
-            self._host.run(self._made.moe.load_weights_task())
+                again = list(pointers.values())
+            self._made.load(again)
         return self._written

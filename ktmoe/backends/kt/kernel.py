@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ktmoe.backends.kt import lora, sizes
+from ktmoe.backends.kt.emptying import make_room
 from ktmoe.backends.kt.extension import Host, quiet, version
 from ktmoe.backends.kt.objects import KernelObject, contiguous, create
 from ktmoe.backends.kt.packed import PackedLayer
@@ -88,7 +89,7 @@ class KernelBackend(Backend):
         self._cached = STATELESS  # the ticket whose activations the kernel holds
         self._disk = packed
         made = self._pack(share_backward)
-        self._moe, self._lora = made.moe, made.lora
+        self._made: KernelObject | None = made
         self.shape, self.scaling = made.shape, made.scaling  # what an object that was there already was built for
         # K22: also when nobody calls `close`. INT8 with a backward copy of its own is the one that cannot be reloaded.
         idle = self._host.idle[self._key(share_backward)] if share_backward or kind == "AMXBF16" else []
@@ -102,15 +103,16 @@ class KernelBackend(Backend):
         """Loads the weights into a kernel object: that of a layer that is gone, or a new one."""
         idle = self._host.idle[self._key(share_backward)]
         fits = [made for made in idle if made.serves(self.shape, self.max_len)]
+        closest = min(fits, key=lambda m: (m.shape.rank, m.scaling != self.scaling, m.max_len), default=None)
+        self.reloaded = closest is not None
         with self._host.lock, ExitStack() as held:
+            if closest is None or closest.empty:
+                with quiet():
+                    make_room()
             sources = self._sources(share_backward, held)
             held.enter_context(quiet())
-            closest = min(fits, key=lambda m: (m.shape.rank, m.scaling != self.scaling, m.max_len), default=None)
             packed = closest or self._create(share_backward, sources)
-            self.reloaded = closest is not None
-            if self.reloaded and self._disk is None:
-                packed.moe.set_base_weight_pointers(*(sources[p] for p in PROJECTIONS))
-            self._host.run(packed.moe.load_weights_task())
+            packed.load([sources[p] for p in PROJECTIONS] if self.reloaded and self._disk is None else None)
             if self.reloaded:
                 idle.remove(packed)
                 if share_backward:
@@ -175,14 +177,14 @@ class KernelBackend(Backend):
         if os.getpid() != self._host.pid:  # a forked child has a copy of an object that only its parent can use
             return
         with self._host.lock:
-            self._moe = None
+            self._made = None
             self._release()
 
     def condemn(self) -> None:
         """As `close`, for an object that computed something wrong: it is kept, since it would leak, and never used."""
         with self._host.lock:
             self._host.condemned.append(self._release.detach())
-            self._moe = None
+            self._made = None
 
     def _take_backward_buffer_over(self) -> None:
         """K23: if a reloaded object was the last to fill the shared backward buffer, its old weights are in there."""
@@ -215,18 +217,23 @@ class KernelBackend(Backend):
                 "Use dataloader workers for data alone, or start processes with the 'spawn' method."
             )
         with self._host.lock:  # the task queue takes one caller at a time (K26), and the cache belongs to one call
-            if self._moe is None:
+            if self._made is None:
                 raise KTError(
                     "These experts were closed, or their model detached, and cannot compute any more. Run every "
                     "backward before that."
                 )
             yield
 
+    @property
+    def _object(self) -> KernelObject:
+        assert self._made is not None  # `_running` has looked
+        return self._made
+
     def _refresh(self, inputs: Inputs) -> None:
         """Copies the LoRA into the kernel's bf16 form. At every forward: optimizers need not tell (K11)."""
         self._cached = STATELESS  # whose activations are another LoRA's
-        lora.fill(self._lora, inputs.lora, self.scaling)
-        self._host.run(self._moe.update_lora_weights_task(*(t.data_ptr() for t in self._lora)))
+        lora.fill(self._object.lora, inputs.lora, self.scaling)
+        self._object.refresh_lora()
 
     def _chunks(self, inputs: Inputs) -> Iterator[Inputs]:
         for start in range(0, inputs.hidden_states.shape[0], self.max_len):
@@ -236,10 +243,8 @@ class KernelBackend(Backend):
         x, index, weights = inputs.hidden_states, inputs.top_k_index, inputs.top_k_weights
         assert x.is_contiguous() and index.is_contiguous() and weights.is_contiguous()  # noqa: PT018  (K3)
         out = torch.empty_like(x)  # [T, H]
-        length = torch.tensor([x.shape[0]], dtype=torch.int32)  # read when the task runs: alive until sync
-        if x.shape[0]:
-            pointers = (index.data_ptr(), weights.data_ptr(), x.data_ptr(), out.data_ptr())
-            self._host.run(self._moe.forward_sft_task(length.data_ptr(), self.shape.top_k, *pointers, save))
+        if len(x):
+            self._object.forward(x, index, weights, out, save)
         # A forward that saves nothing spoils the activations too: 39 % off in grad_input after an evaluation of fewer
         # tokens, and the LoRA gradients wrong if it ran with another LoRA. Any forward ends the older ticket.
         self._cached = next(_TICKETS) if save else STATELESS
@@ -257,10 +262,9 @@ class KernelBackend(Backend):
             # K6, K7: the rows of the cached forward are those of this call, or the forward is run again.
             if ticket == STATELESS or ticket != self._cached:
                 self._forward(chunk, True)
-            pointers = [t.data_ptr() for t in (grad_output[rows], grad_x[rows], *buffers, grad_w[rows])]
             lora.clear(buffers)
             self._cached = STATELESS  # the backward takes the activations off the cache, even if Ctrl-C comes
-            self._host.run(self._moe.backward_task(*pointers, 0, 0, 0, False, 1.0))
+            self._object.backward(grad_output[rows], grad_x[rows], buffers, grad_w[rows])
             if inputs.lora is not None:
                 parts = lora.take(buffers, inputs.lora, self.scaling)
                 total = parts if total is None else [t.add_(p) for t, p in zip(total, parts, strict=True)]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import math
 import mmap
-import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,6 +14,8 @@ import torch
 from torch import Tensor
 
 from ktmoe.backends.kt.extension import CLASSES, Host
+from ktmoe.backends.kt.lora import gradient_buffers
+from ktmoe.backends.kt.sizes import packed_bytes
 from ktmoe.types import MoEShape
 
 
@@ -24,6 +27,7 @@ _SETTINGS = {
     "share_cache_pool": False,  # K9
     "authoritative_optimizer_grads": True,  # K12: every gradient is overwritten, inactive experts with zero
 }
+_PRIVATE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS  # takes no memory until it is written
 _LORA_FIELDS = ("gate_lora_a", "gate_lora_b", "up_lora_a", "up_lora_b", "down_lora_a", "down_lora_b")
 
 
@@ -35,11 +39,64 @@ class KernelObject:
     """
 
     moe: Any
+    host: Host
     lora: list[Tensor]
     shape: MoEShape
     scaling: float
     max_len: int
     nbytes: int  # of its packed weights
+    from_disk: bool
+    empty: bool = True
+    rows: int = 0  # the most tokens of a call so far: its activations have memory for as many
+
+    def load(self, pointers: Sequence[int] | None) -> None:
+        """Packs weights. The caller holds the host's lock, and prepared what an object that loads from disk reads.
+
+        Args:
+            pointers: to gate, up and down, [E, out, in] bf16; None: what it was built with.
+        """
+        if pointers is not None:
+            with self.host.awake():
+                self.moe.set_base_weight_pointers(*pointers)
+        self.host.run(self.moe.load_weights_task())
+        self.empty = False
+
+    def refresh_lora(self) -> None:
+        """Has the kernel read `lora` (K11). The caller holds the host's lock."""
+        self.host.run(self.moe.update_lora_weights_task(*(t.data_ptr() for t in self.lora)))
+
+    def forward(self, x: Tensor, index: Tensor, weights: Tensor, out: Tensor, save: bool) -> None:
+        """Into `out`, from contiguous tensors (K3). The caller holds the host's lock."""
+        self.rows = max(self.rows, len(x))
+        length = torch.tensor([len(x)], dtype=torch.int32)  # read when the task runs: alive until its end
+        pointers = (index.data_ptr(), weights.data_ptr(), x.data_ptr(), out.data_ptr())
+        self.host.run(self.moe.forward_sft_task(length.data_ptr(), self.shape.top_k, *pointers, save))
+
+    def backward(self, grad_output: Tensor, grad_x: Tensor, lora: Sequence[Tensor], grad_weights: Tensor) -> None:
+        """Of the last saving forward, into the others. The caller holds the host's lock."""
+        pointers = [t.data_ptr() for t in (grad_output, grad_x, *lora, grad_weights)]
+        self.host.run(self.moe.backward_task(*pointers, 0, 0, 0, False, 1.0))
+
+    def clear(self) -> None:
+        """Zeros in all its buffers: weights, LoRA, and the activations of as many tokens as it ever had.
+
+        What an object loads from disk comes through memory that reads as zeros by now.
+        """
+        s = self.shape
+        with mmap.mmap(-1, 2 * s.num_experts * s.hidden_size * s.intermediate_size, flags=_PRIVATE) as zeros:
+            held = ctypes.c_char.from_buffer(zeros)
+            self.load(None if self.from_disk else [ctypes.addressof(held)] * 3)
+            del held
+        for tensor in self.lora:
+            tensor.zero_()
+        self.refresh_lora()
+        if self.rows:
+            x, out = torch.zeros(2, self.rows, s.hidden_size, dtype=torch.bfloat16)
+            index = torch.arange(self.rows * s.top_k).remainder_(s.num_experts).view(-1, s.top_k)
+            weights = torch.zeros(index.shape)
+            self.forward(x, index, weights, out, save=True)
+            self.backward(x, out, gradient_buffers(s), weights.clone())
+        self.empty = True
 
     def serves(self, shape: MoEShape, max_len: int) -> bool:
         """Whether another layer of these sizes can have it: a smaller rank is padded, fewer tokens fit."""
@@ -68,8 +125,6 @@ def create(
         share_backward: one repacked weight buffer for all layers instead of one each.
         sources: settings that say where its weights come from, or go to.
     """
-    if shape.num_experts > 1:  # the layer of one expert that takes the backward buffer over is none of a model's
-        _say_what_stays()
     lora = [torch.zeros(size, dtype=torch.bfloat16) for size in shape.lora_shapes().values()]
     moe = host.extension.moe
     c = moe.MOESFTConfig(shape.num_experts, shape.top_k, shape.hidden_size, shape.intermediate_size)
@@ -82,20 +137,10 @@ def create(
     fields = dict(zip(_LORA_FIELDS, (t.data_ptr() for t in lora), strict=True))
     for name, value in (_SETTINGS | sources | fields).items():
         setattr(c, name, value)
-    weights = 3 * shape.num_experts * shape.hidden_size * shape.intermediate_size
-    nbytes = weights * (1 if kind == "AMXInt8" else 2) * (1 if share_backward else 2)
-    return KernelObject(getattr(moe, CLASSES[kind])(c), lora, shape, scaling, max_len, nbytes)
-
-
-def _say_what_stays() -> None:
-    """K22: a new object while others are idle, none of which could be taken, adds to what the process keeps."""
-    if held := sum(made.nbytes for made in Host.all_idle()):
-        warnings.warn(
-            f"ktmoe: about {held / 1e9:.3g} GB of packed experts of an earlier model stay in memory, which kt_kernel "
-            "does not give back. They are used again for the same sizes, kt_num_threads and kt_share_backward, and a "
-            "rank and kt_max_len that are not larger: begin with the largest, or give each run a process.",
-            stacklevel=2,
-        )
+    nbytes = packed_bytes(kind, shape) * (1 if share_backward else 2)
+    with host.awake():
+        made = getattr(moe, CLASSES[kind])(c)
+    return KernelObject(made, host, lora, shape, scaling, max_len, nbytes, from_disk="gate_projs" in sources)
 
 
 def contiguous(stack: Any) -> Tensor:

@@ -10,6 +10,12 @@ _MAX_RANK = 128  # the largest rank ever checked against a reference
 _MAX_TP = 4  # K17: the merge of five and more parts sums only the first four
 
 
+def packed_bytes(kind: str, shape: MoEShape) -> int:
+    """Of one layer's weights, packed once; the backward takes as much again, for each layer or once for all."""
+    weights = 3 * shape.num_experts * shape.hidden_size * shape.intermediate_size
+    return weights * (1 if kind == "AMXInt8" else 2)
+
+
 def valid_tp(kind: str, shape: MoEShape, wanted: int) -> int:
     """The largest number of parts up to `wanted` that divides I into granules (K17, K18)."""
     fits = [t for t in range(1, min(wanted, _MAX_TP) + 1) if shape.intermediate_size % (t * GRANULE[kind]) == 0]
