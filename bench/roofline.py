@@ -3,8 +3,9 @@
     python bench/roofline.py v2-lite qwen3 --mode both
 
 Every repetition draws another routing and another number of tokens, as training does, and rests before it is timed.
-The roofline is three products of 2 x rows x H x I operations forward and six backward, without padding and LoRA, at
-the rate of a large GEMM measured in the same run. Run it on an idle machine.
+The roofline is what must be multiplied at least, without padding and LoRA: three products of 2 x rows x H x I
+operations forward and three backward, since the weights are frozen; at the rate of a large GEMM measured in the same
+run. Run it on an idle machine.
 """
 
 import argparse
@@ -89,7 +90,7 @@ def measure(name: str, mode: str, repetitions: int) -> None:
         x, grad = (torch.randn(tokens, shape.hidden_size, generator=generator).to(dtype) for _ in "xg")
         plain = step(backend, Inputs(x, index, routing, None), grad)
         forward, backward = step(backend, Inputs(x, index, routing, case.lora), grad)
-        least = 18 * tokens * shape.top_k * shape.hidden_size * shape.intermediate_size / bf16
+        least = 12 * tokens * shape.top_k * shape.hidden_size * shape.intermediate_size / bf16
         total = forward + backward
         found.append((forward, total, least / total, backward / forward, forward / plain[0], total / sum(plain)))
     forward, total, part, ratio, lora, lora_both = map(statistics.median, zip(*found[1:], strict=True))
