@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from ktmoe.errors import KernelError, KTError
     from ktmoe.experts import MoEExperts
     from ktmoe.models import attach, detach, load_model
+    from ktmoe.training_log import TrainingLog
     from ktmoe.types import ExpertWeights
 
 __version__ = "0.1.0.dev0"
@@ -26,6 +27,7 @@ _HOME = {
     "KTError": "errors",
     "KernelError": "errors",
     "MoEExperts": "experts",
+    "TrainingLog": "training_log",
     "attach": "models",
     "detach": "models",
     "get_peft_model": "adapters",
@@ -40,6 +42,7 @@ __all__ = [
     "KTError",
     "KernelError",
     "MoEExperts",
+    "TrainingLog",
     "attach",
     "detach",
     "get_peft_model",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import threading
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,6 +17,7 @@ import torch
 from ktmoe_reference import LORA_NAMES
 from torch import Tensor
 
+from ktmoe import recording
 from ktmoe.interface import Backend
 from ktmoe.memory import available, total
 from ktmoe.notices import say_once
@@ -24,6 +26,8 @@ from ktmoe.types import Gradients, Inputs, Lora, MoEShape
 
 _memcmp = ctypes.CDLL(None).memcmp
 _memcmp.argtypes, _memcmp.restype = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t], ctypes.c_int
+_LOOK = 0.25  # seconds
+_looked = -1.0, 0  # when, and what was free then
 _RESERVE = 0.1  # of the memory: what `auto` leaves free for everything else
 
 
@@ -62,7 +66,6 @@ class RetainedForwards(Backend):
         self.int8, self.distance = backend.int8, backend.distance
         self.reloaded, self.scaling = backend.reloaded, getattr(backend, "scaling", 1.0)
         self.bets = mode != "recompute"
-        self.answered = 0
         self._kept: _Forward | None = None
         self._lora: list[Tensor] = []
         self._waiting = 0  # forwards since the last backward
@@ -71,25 +74,30 @@ class RetainedForwards(Backend):
 
     def forward(self, inputs: Inputs, *, save: bool) -> tuple[Tensor, int]:
         """See `Backend.forward`."""
+        start = time.perf_counter()
         with self._lock:
             kept, self._kept = self._kept, None
             if save and kept is not None and self.backend.holds(kept.ticket):
                 if self._same(kept, inputs):
                     self._kept = kept
-                    self.answered += 1
+                    recording.forwarded(start, inputs, self.shape, computed=False)
                     return kept.output.clone(), kept.ticket  # the caller may write into its own
                 _announce_other_routing(kept, inputs)
             self._waiting += save
             out, ticket = self.backend.forward(inputs, save=save)
             if save and self._room(inputs):
                 self._keep(inputs, out, ticket)
+            recording.forwarded(start, inputs, self.shape, computed=True)
             return out, ticket
 
     def backward(self, ticket: int, inputs: Inputs, grad_output: Tensor) -> Gradients:
         """See `Backend.backward`."""
+        start = time.perf_counter()
         with self._lock:
             self._kept, self._waiting = None, 0
-            return self.backend.backward(ticket, inputs, grad_output)
+            grads = self.backend.backward(ticket, inputs, grad_output)
+            recording.trained(start, id(self), inputs, self.shape)
+            return grads
 
     def holds(self, ticket: int) -> bool:
         """See `Backend.holds`."""
@@ -136,7 +144,17 @@ class RetainedForwards(Backend):
         if self.mode == "recompute":
             return False
         needed = bytes_per_token(self.shape, self.compute_dtype) * inputs.hidden_states.shape[0]
-        return self.mode == "retain" or needed < available() - self._reserve
+        return self.mode == "retain" or needed < _free() - self._reserve
+
+
+def _free() -> int:
+    """Memory, looked at a few times a second: reading the limits of all control groups takes half a millisecond."""
+    global _looked
+    when, size = _looked
+    if time.monotonic() - when > _LOOK:
+        size = available()
+        _looked = time.monotonic(), size
+    return size
 
 
 def bytes_per_token(shape: MoEShape, dtype: torch.dtype) -> int:

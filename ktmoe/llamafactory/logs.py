@@ -1,11 +1,13 @@
-"""LLaMA-Factory's log, and ktmoe's warnings in it."""
+"""LLaMA-Factory's log, and ktmoe's warnings and figures in it."""
 
 from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
+
+from ktmoe.training_log import TrainingLog
 
 
 def logger() -> Any:
@@ -28,3 +30,12 @@ def warnings_to_log() -> Iterator[None]:
 
         warnings.showwarning = show
         yield
+
+
+def with_training_log(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Around LLaMA-Factory's training: a callback that is silent where no routed experts are ktmoe's."""
+
+    def training(config: dict[str, Any]) -> Any:
+        return original({**config, "callbacks": [TrainingLog(), *config["callbacks"]]})
+
+    return training

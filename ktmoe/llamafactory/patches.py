@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from ktmoe.llamafactory import data, loading, parsing
+from ktmoe.llamafactory import data, loading, logs, parsing
 from ktmoe.llamafactory.arguments import extend
 from ktmoe.llamafactory.audio import torchaudio_stand_in
 from ktmoe.types import KTError
@@ -51,6 +51,7 @@ def install() -> None:
         (loader, "load_model", loading.load_model),
         (loader, "init_adapter", loading.init_adapter),
         (tuner, "export_model", parsing.export_model),
+        (tuner, "_training_function", logs.with_training_log),
     ):
         replace(module, name, wrapper)
     _held(parser, "get_last_checkpoint")
