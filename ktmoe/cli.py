@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
@@ -13,7 +14,6 @@ from ktmoe.exits import run
 
 
 app = typer.Typer(
-    add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,  # a traceback is for bugs, and then a plain one
     help="LoRA fine-tuning of mixture-of-experts models whose experts run on the CPU.",
@@ -86,6 +86,38 @@ def examples(
             typer.echo(f"ktmoe: {shipped.write_example(name)} is written. ktmoe check, then ktmoe train, take it.")
 
     run(command)
+
+
+@app.command()
+def plan(
+    model: Annotated[str, typer.Argument(help="A folder with a config.json, or a hub name.")],
+    rank: Annotated[int, typer.Option(min=1, max=1024, help="LoRA rank of the routed experts.")] = 8,
+    trust_remote_code: Annotated[bool, typer.Option(help="Let the model's own code run.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of the table.")] = False,
+) -> None:
+    """What memory MODEL's routed experts take, in each format, and which fits here: from its configuration alone.
+
+    Exit code 1: none fits. For example: ktmoe plan Qwen/Qwen3-30B-A3B --rank 16
+    """
+    from rich.console import Console
+
+    from ktmoe.memory_plan import show
+
+    def command() -> None:
+        raise typer.Exit(show(model, rank, as_json, Console(), trust_remote_code))
+
+    run(command)
+
+
+@app.command()
+def schema() -> None:
+    """Print a JSON schema of ktmoe's keys, with which editors complete and check a configuration.
+
+    For example: ktmoe schema > kt.schema.json, and as the first line of the YAML file:
+
+    # yaml-language-server: $schema=kt.schema.json
+    """
+    typer.echo(json.dumps(ktmoe.KTConfig.schema(), indent=2))
 
 
 @app.command(**_FORWARD)

@@ -14,12 +14,6 @@ from ktmoe.backends.kt import PackedModel
 from ktmoe.types import KTError
 
 
-SHARE_BACKWARD = ("auto", "on", "off")
-ACTIVATION = ("auto", "retain", "recompute")
-TORCH_PACKING = ("auto", "both", "forward", "off")
-FALLBACK = ("error", "torch")
-VERIFY = ("quick", "full", "off")
-
 # Keys of LLaMA-Factory 0.9.4's KTransformers integration, of the first fork, and of 0.9.5's own unused fields.
 OLD_KEYS = {
     "kt_optimize_rule": "delete it: the experts of every supported model are found without rules",
@@ -37,8 +31,9 @@ OLD_KEYS = {
 }
 
 
-def _key(default: Any, help: str) -> Any:
-    return dataclasses.field(default=default, metadata={"help": help})
+def _key(default: Any, help: str, *, choices: tuple[str, ...] = (), most: int = 0) -> Any:
+    """A field: one of some words, or a whole number from 1 to `most`, or what its type says."""
+    return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "most": most})
 
 
 @dataclass(frozen=True)
@@ -55,12 +50,15 @@ class KTConfig:
     """
 
     kt_backend: str = _key(
-        "auto", "What computes the routed experts: AMXBF16 and AMXInt8 (the kernel), torch, reference, or auto."
+        "auto",
+        "What computes the routed experts: AMXBF16 and AMXInt8 (the kernel), torch, reference, or auto.",
+        choices=(*TABLE, "auto"),
     )
     kt_num_threads: int | None = _key(
         None,
         "CPU threads of the routed experts. Default: the kernel's are measured, up to the physical cores that the "
         "process may use; the other backends take as many as torch has.",
+        most=1024,
     )
     kt_tp_enabled: bool = _key(
         False, "One pool of threads per NUMA node (at most 4), each holding a slice of every expert."
@@ -69,45 +67,47 @@ class KTConfig:
     kt_weight_path: str | None = _key(
         None, "Folder of packed INT8 weights, made by ktmoe quantize; needs kt_backend: AMXInt8."
     )
-    kt_max_len: int | None = _key(None, "Tokens per kernel call; longer inputs run in chunks. Default: 4096.")
+    kt_max_len: int | None = _key(
+        None, "Tokens per kernel call; longer inputs run in chunks. Default: 4096.", most=2**20
+    )
     kt_share_backward: str = _key(
         "auto",
         "One repacked backward buffer for all layers (on, less memory) or a copy per layer (off, faster). auto: a "
         "copy where memory is there.",
+        choices=("auto", "on", "off"),
     )
     kt_cpu_activation: str = _key(
         "auto",
         "Whether a layer keeps its experts' input and output, so that gradient checkpointing does not compute them "
         "again: retain, recompute, or auto (keep while a tenth of the memory is free).",
+        choices=("auto", "retain", "recompute"),
     )
     kt_torch_packing: str = _key(
         "auto",
         "Copies of the weights that the torch backend makes to compute faster: both (forward and backward, 2.0 x "
         "their size in bf16), forward (1.0 x), off (none), or auto (as many as leave a quarter of the memory free).",
+        choices=("auto", "both", "forward", "off"),
     )
     kt_verify: str = _key(
         "quick",
         "How the kernel is checked before it is used: quick (seconds, once per shape, then each layer as it is "
         "loaded), full (eight larger cases at every start), off (not at all: wrong gradients would go unnoticed).",
+        choices=("quick", "full", "off"),
     )
     kt_fallback: str = _key(
-        "error", "When the kernel fails its checks: stop (error), or go on with the torch backend (torch)."
+        "error",
+        "When the kernel fails its checks: stop (error), or go on with the torch backend (torch).",
+        choices=("error", "torch"),
     )
 
     def __post_init__(self) -> None:
         """Checks and normalises every field: LLaMA-Factory's parser does not (it lets any YAML value through)."""
-        for name, choices in (
-            ("kt_backend", (*TABLE, "auto")),
-            ("kt_share_backward", SHARE_BACKWARD),
-            ("kt_cpu_activation", ACTIVATION),
-            ("kt_torch_packing", TORCH_PACKING),
-            ("kt_verify", VERIFY),
-            ("kt_fallback", FALLBACK),
-        ):
-            object.__setattr__(self, name, _choice(name, getattr(self, name), choices))
-        for name, most in (("kt_num_threads", 1024), ("kt_max_len", 2**20)):
-            value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= most):
+        for field in dataclasses.fields(self):
+            name, value, most = field.name, getattr(self, field.name), field.metadata["most"]
+            if choices := field.metadata["choices"]:
+                object.__setattr__(self, name, _choice(name, value, choices))
+            whole = isinstance(value, int) and not isinstance(value, bool)
+            if most and value is not None and not (whole and 0 < value <= most):
                 raise KTError(f"{name}: got {value!r}; expected a whole number from 1 to {most}, or nothing.")
         if not isinstance(self.kt_tp_enabled, bool):
             raise KTError(f"kt_tp_enabled: got {self.kt_tp_enabled!r}; expected true or false.")
@@ -136,6 +136,35 @@ class KTConfig:
     def field_help(cls) -> dict[str, tuple[str, Any, str]]:
         """`{name: (type as text, default, help)}` of every key, for argument parsers and documentation."""
         return {f.name: (str(f.type), f.default, f.metadata["help"]) for f in dataclasses.fields(cls)}
+
+    @classmethod
+    def schema(cls) -> dict[str, Any]:
+        """A JSON schema of a YAML file with these keys, for editors; LLaMA-Factory's own keys are let through."""
+        properties: dict[str, Any] = {
+            "use_kt": {"type": "boolean", "default": False, "description": "The routed experts run on the CPU."}
+        }
+        for field in dataclasses.fields(cls):
+            rules = field.metadata
+            about: dict[str, Any] = {"description": rules["help"], "default": field.default}
+            if rules["choices"]:
+                words = {"on": True, "off": False}  # as YAML 1.1 reads them
+                about["enum"] = [*rules["choices"], *(words[c] for c in rules["choices"] if c in words)]
+            elif rules["most"]:
+                about |= {"type": ["integer", "null"], "minimum": 1, "maximum": rules["most"]}
+            elif isinstance(field.default, bool):
+                about["type"] = "boolean"
+            elif isinstance(field.default, int):
+                about["const"] = field.default  # of a feature that is not built yet
+            else:
+                about["type"] = ["string", "null"]
+            properties[field.name] = about
+        return {
+            "$schema": "https://json-schema.org/draft/2020-12/schema",
+            "title": "LLaMA-Factory with use_kt: true",
+            "type": "object",
+            "properties": properties,
+            "propertyNames": {"anyOf": [{"not": {"pattern": "^kt_"}}, {"enum": [*properties, "kt_config"]}]},
+        }
 
 
 def _choice(name: str, value: Any, choices: tuple[str, ...]) -> str:

@@ -1,6 +1,11 @@
 """Configuration: every bad value gets a message that names the key, what it got and what to write."""
 
+import json
+from pathlib import Path
+
+import jsonschema
 import pytest
+import yaml
 
 from ktmoe.config import OLD_KEYS, KTConfig, check_keys
 from ktmoe.types import KTError
@@ -57,3 +62,34 @@ def test_old_keys(key):
 
 def test_every_key_has_a_help_text():
     assert all(text.endswith(".") and len(text) > 20 for _, _, text in KTConfig.field_help().values())
+
+
+@pytest.mark.parametrize(
+    ("values", "fits"),
+    [
+        ({"use_kt": True, "kt_backend": "AMXInt8", "kt_num_threads": 8, "lora_rank": 8, "kt_weight_path": "w"}, True),
+        ({"kt_share_backward": False, "kt_torch_packing": False, "kt_tp_enabled": True}, True),
+        ({"kt_num_threads": None, "kt_num_gpu_experts": 0, "kt_config": {}}, True),
+        ({"kt_backend": "cuda"}, False),
+        ({"kt_num_threads": 0}, False),
+        ({"kt_num_gpu_experts": 4}, False),
+        ({"kt_verify": True}, False),
+        ({"kt_optimize_rule": "x"}, False),
+        ({"kt_max_length": 8}, False),
+    ],
+)
+def test_editors_are_told_what_is_taken(values, fits):
+    assert jsonschema.Draft202012Validator(KTConfig.schema()).is_valid(values) is fits
+
+
+def test_the_schema_takes_the_examples_and_the_command_prints_it():
+    from typer.testing import CliRunner
+
+    from ktmoe.cli import app
+
+    printed = json.loads(CliRunner().invoke(app, ["schema"]).stdout)
+    jsonschema.Draft202012Validator.check_schema(printed)
+    examples = sorted((Path(__file__).parent.parent / "examples").glob("*.yaml"))
+    assert len(examples) > 5
+    for path in examples:
+        jsonschema.validate(yaml.safe_load(path.read_text()), printed)

@@ -29,6 +29,19 @@ class Limits:
 
 
 @dataclass(frozen=True)
+class Memory:
+    """Bytes of this process's memory that frozen weights take; pages of mapped files are none of them.
+
+    Attributes:
+        each: of every layer.
+        once: of one layer, for all of them.
+    """
+
+    each: int
+    once: int = 0
+
+
+@dataclass(frozen=True)
 class Plan:
     """What will run, decided from the configuration, the CPU and the shape; nothing is loaded yet.
 
@@ -60,6 +73,10 @@ def _nothing(*about: object) -> str:
     return ""
 
 
+def _no_memory(plan: Plan, shape: MoEShape) -> Memory:
+    return Memory(0)
+
+
 def _one_part(shape: MoEShape) -> int:
     return 1
 
@@ -81,6 +98,7 @@ class Row:
         largest_tp: how many parts of the intermediate dimension this host's NUMA nodes give a shape.
         is_kernel: whether it is somebody else's code, which has to pass the gate.
         takes_packed: whether it loads the files of `kt_weight_path`.
+        memory: what a layer's weights take.
     """
 
     name: str
@@ -94,6 +112,7 @@ class Row:
     largest_tp: Callable[[MoEShape], int] = _one_part
     is_kernel: bool = False
     takes_packed: bool = False
+    memory: Callable[[Plan, MoEShape], Memory] = _no_memory
 
     def why_not(self, shape: MoEShape) -> str:
         """Why it cannot serve a shape on this host, "" if it can."""

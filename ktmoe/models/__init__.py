@@ -6,7 +6,7 @@ from ktmoe.models.attaching import attach, detach
 from ktmoe.models.families import find, names_on_disk
 from ktmoe.models.loading import check_headers, forget_fp8, load_model, stream, without_experts
 from ktmoe.models.native import native_class, native_config
-from ktmoe.models.skeleton import check_model, expert_shapes, experts_in, make_skeleton
+from ktmoe.models.skeleton import check_model, expert_shapes, experts_in, layers_of, make_skeleton
 from ktmoe.models.startup import bf16_is_slow, summary
 
 
@@ -20,6 +20,7 @@ __all__ = [
     "experts_in",
     "find",
     "forget_fp8",
+    "layers_of",
     "load_model",
     "make_skeleton",
     "model_configuration",

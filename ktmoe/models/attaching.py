@@ -25,6 +25,7 @@ from ktmoe.models.skeleton import check_lora, on_disk
 from ktmoe.notices import say_once
 from ktmoe.planning import plan
 from ktmoe.processes import check_one_process
+from ktmoe.room import check_room
 from ktmoe.types import ExpertWeights, KTError, MoEShape
 
 
@@ -113,12 +114,14 @@ def attach(
 
 
 def _settle(config: KTConfig, found: dict[str, Layer], weights: dict[str, ExpertWeights], rank: int) -> KTConfig:
-    """Decides what is `auto`, once for all layers: by the largest of them."""
+    """Decides what is `auto`, once for all layers: by the largest of them. Refuses what memory cannot hold."""
     shapes = [
         MoEShape(w.num_experts, w.hidden_size, w.intermediate_size, found[name].top_k, rank)
         for name, w in weights.items()
     ]
-    return settle(config, max(shapes, key=bf16_bytes), sum(map(bf16_bytes, shapes)))
+    decided = settle(config, max(shapes, key=bf16_bytes), sum(map(bf16_bytes, shapes)))
+    check_room(decided, shapes)
+    return decided
 
 
 def _load(layers: dict[str, MoEExperts], rank: int, streamed: bool) -> None:

@@ -71,6 +71,20 @@ def expert_shapes(model_config: Any, r: int, *, trust_remote_code: bool = False)
     return _shapes(find(make_skeleton(model_config, trust_remote_code)), r)
 
 
+def layers_of(model_config: Any, r: int, *, trust_remote_code: bool = False) -> tuple[list[MoEShape], int]:
+    """The sizes of every MoE layer of a model, and how many parameters it has besides, from the configuration alone.
+
+    Raises:
+        KTError: as `expert_shapes`.
+    """
+    model = make_skeleton(model_config, trust_remote_code)
+    found = find(model)
+    _shapes(found, r)
+    shapes = [replace(layer.shape(), rank=r) for layer in found.values()]
+    routed = sum(3 * s.num_experts * s.hidden_size * s.intermediate_size for s in shapes)
+    return shapes, sum(p.numel() for p in model.parameters()) - routed
+
+
 def _shapes(found: Mapping[str, Layer], r: int) -> list[MoEShape]:
     if isinstance(r, bool) or not isinstance(r, int) or r < 1:
         raise KTError(f"lora_rank: got {r!r}; expected a whole number of at least 1.")

@@ -1,5 +1,6 @@
 """kt_kernel's SFT operators as backends: all that knows the kernel, its files and its traps."""
 
+from ktmoe.backends.kt.emptying import idle_bytes
 from ktmoe.backends.kt.extension import available, extension_path, variant, version
 from ktmoe.backends.kt.int8_files import Int8Files
 from ktmoe.backends.kt.kernel import KernelBackend
@@ -33,6 +34,7 @@ __all__ = [
     "available",
     "extension_path",
     "fingerprint",
+    "idle_bytes",
     "valid_tp",
     "variant",
     "version",

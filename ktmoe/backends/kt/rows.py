@@ -6,7 +6,7 @@ from functools import partial
 
 from ktmoe.backends.kt import extension, kernel, sizes
 from ktmoe.backends.kt.packed import PackedLayer
-from ktmoe.backends.row import Limits, Plan, Row
+from ktmoe.backends.row import Limits, Memory, Plan, Row
 from ktmoe.cores import numa_nodes, usable_cores
 from ktmoe.types import ExpertWeights, KTError, MoEShape
 
@@ -47,6 +47,11 @@ def _largest_tp(name: str, shape: MoEShape) -> int:
     return sizes.valid_tp(name, shape, len(numa_nodes()))
 
 
+def _memory(plan: Plan, shape: MoEShape) -> Memory:
+    size = sizes.packed_bytes(plan.backend, shape)
+    return Memory(size, once=size) if plan.share_backward else Memory(2 * size)
+
+
 def _row(name: str, required: Limits, expected: Limits, aimed_at: Limits, takes_packed: bool = False) -> Row:
     return Row(
         name,
@@ -60,6 +65,7 @@ def _row(name: str, required: Limits, expected: Limits, aimed_at: Limits, takes_
         largest_tp=partial(_largest_tp, name),
         is_kernel=True,
         takes_packed=takes_packed,
+        memory=_memory,
     )
 
 

@@ -4,9 +4,9 @@
 frozen weights, `lora` adds one expert's LoRA, `buffers` keeps memory from call to call, `choice` decides per host.
 """
 
-from ktmoe.backends.row import Limits, Row
+from ktmoe.backends.row import Limits, Memory, Row
 from ktmoe.backends.torch.backend import TorchBackend
-from ktmoe.backends.torch.choice import build
+from ktmoe.backends.torch.choice import build, copied_bytes
 
 
 __all__ = ["ROW", "TorchBackend", "build"]
@@ -18,4 +18,5 @@ ROW = Row(
     expected=Limits(0.01, 0.015, 0.005),
     aimed_at=Limits(0.05, 0.10, 0.005),
     describe=lambda: "PyTorch on the CPU",
+    memory=lambda plan, shape: Memory(copied_bytes(shape, plan.torch_packing)),
 )

@@ -51,6 +51,13 @@ def build(weights: ExpertWeights, shape: MoEShape, packing: str = "auto") -> Tor
     return TorchBackend(weights, shape, products=Packed(weights, _ROWS, packing == "both"))
 
 
+def copied_bytes(shape: MoEShape, packing: str) -> int:
+    """Of one layer's packed copies, where they are asked for; `auto` makes those that fit."""
+    if packing == "auto" or (packing != "off" and why_not_bf16(packed=True)):
+        return 0
+    return int(_COPIES[packing] * 6 * shape.num_experts * shape.hidden_size * shape.intermediate_size)
+
+
 def _affordable(size: int) -> str:
     """The most copies of a layer of `size` bytes that leave enough memory free."""
     room = memory.available() - _RESERVE * memory.total()
