@@ -270,3 +270,14 @@ def build(session: nox.Session) -> None:
             "assert [e.name for e in d.entry_points] == ['ktmoe']; print('installs as', d.name, d.version)",
         )
     session.log(f"{wheel.name}: {len(names)} files; {sdist.name}: {sdist.stat().st_size // 1024} KiB")
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """Builds the documentation site into docs/_build/html; a warning, such as a link to nowhere, is an error."""
+    session.install("-r", "requirements/docs.txt")
+    session.install("--no-deps", "-e", ".")
+    out = Path("docs/_build/html")
+    # -E: pages that did not change are read again too, since what they link to may have.
+    session.run("sphinx-build", "-W", "--keep-going", "-E", "-q", "-b", "html", *session.posargs, "docs", str(out))
+    session.log(f"open {out / 'index.html'}")
