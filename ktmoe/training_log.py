@@ -36,6 +36,11 @@ class TrainingLog(TrainerCallback):
     - `host_memory_gb`: resident memory of the process.
     - `expert_imbalance`: tokens of the busiest expert over the mean, a mean over layers. `experts_without_tokens`: in
       all layers.
+
+    Examples:
+        >>> callback = ktmoe.TrainingLog()
+        >>> isinstance(callback, transformers.TrainerCallback)
+        True
     """
 
     def __init__(self) -> None:
