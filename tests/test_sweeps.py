@@ -5,7 +5,9 @@ import dataclasses
 import pytest
 from helpers import KERNEL_BACKENDS, SMALL, limits, run_python
 
+from ktmoe.backends.kt import emptying
 from ktmoe.backends.kt import kernel as module
+from ktmoe.backends.kt.extension import Host
 from ktmoe.backends.kt.kernel import KernelBackend
 from ktmoe.gate import contract
 
@@ -78,3 +80,16 @@ def test_a_sweep_over_anything_ends_with_the_memory_of_one_model(name):
     # LoRA and activations of the larger ranks stay; without the mend it was one model more at every step.
     assert max(grown) < 2 * one
     assert grown[-1] < 1.5 * one
+
+
+@pytest.mark.kernel
+def test_what_cannot_be_given_back_is_said_with_the_figure(monkeypatch):
+    """INT8 with backward copies of its own: kt_kernel does not load such an object again."""
+    monkeypatch.setattr(Host, "_hosts", {})  # what other tests left behind is not asked about
+    monkeypatch.setattr(emptying, "_WORTH_IT", 1)
+    case = contract.draw_case(SHAPE, 8, seed=0)
+    KernelBackend("AMXInt8", case.weights, SHAPE, max_len=32, share_backward=False).close()
+    with pytest.warns(
+        UserWarning, match=r"ktmoe: .* GB of packed experts of an earlier model stay .* kt_share_backward: on"
+    ):
+        KernelBackend("AMXInt8", case.weights, SHAPE, max_len=32).close()

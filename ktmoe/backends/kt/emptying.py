@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ktmoe.backends.kt.extension import Host
+from ktmoe.notices import say_once
 
 
 _WORTH_IT = 64 * 2**20  # bytes of packed weights; looking at every page of the process takes 0.2 s a GB
@@ -33,6 +34,11 @@ def idle_bytes() -> int:
 
 def make_room() -> None:
     """Gives the memory of all objects that belong to no layer back to the system. The caller holds the host's lock."""
+    if (stays := sum(made.nbytes for made in Host.all_condemned())) >= _WORTH_IT:
+        say_once(
+            f"ktmoe: {stays / 1e9:.3g} GB of packed experts of an earlier model stay in memory: what AMXInt8 made "
+            "with kt_share_backward: off cannot be given back. Write kt_share_backward: on, or give each run a process."
+        )
     if idle_bytes() < _WORTH_IT:
         return
     idle = [made for made in Host.all_idle() if not made.empty]

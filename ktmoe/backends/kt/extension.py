@@ -85,7 +85,7 @@ class Host:
             process, so the extension takes one caller at a time (K26).
         idle: kernel objects whose layer is gone, by what they were built for. Destroying one would leak its packed
             weights (K22), so the next layer that is built alike takes it.
-        condemned: kernel objects that failed a check. They are never used again.
+        condemned: kernel objects that failed a check, or cannot be loaded again. They are never used again.
     """
 
     lock: ClassVar[Any] = threading.RLock()
@@ -135,8 +135,16 @@ class Host:
     @classmethod
     def all_idle(cls) -> list[Any]:
         """The idle objects of every pool of this process."""
-        hosts = [host for host in cls._hosts.values() if host.pid == os.getpid()]
-        return [made for host in hosts for idle in host.idle.values() for made in idle]
+        return [made for host in cls._own() for idle in host.idle.values() for made in idle]
+
+    @classmethod
+    def all_condemned(cls) -> list[Any]:
+        """The condemned objects of every pool of this process."""
+        return [made for host in cls._own() for made in host.condemned]
+
+    @classmethod
+    def _own(cls) -> list[Host]:
+        return [host for host in cls._hosts.values() if host.pid == os.getpid()]
 
     @classmethod
     def _forked(cls) -> None:

@@ -92,7 +92,8 @@ class KernelBackend(Backend):
         self._made: KernelObject | None = made
         self.shape, self.scaling = made.shape, made.scaling  # what an object that was there already was built for
         # K22: also when nobody calls `close`. INT8 with a backward copy of its own is the one that cannot be reloaded.
-        idle = self._host.idle[self._key(share_backward)] if share_backward or kind == "AMXBF16" else []
+        reloadable = share_backward or kind == "AMXBF16"
+        idle = self._host.idle[self._key(share_backward)] if reloadable else self._host.condemned
         self._release = weakref.finalize(self, idle.append, made)
         self._release.atexit = False
 
