@@ -37,7 +37,7 @@ def make_room() -> None:
     if (stays := sum(made.nbytes for made in Host.all_condemned())) >= _WORTH_IT:
         say_once(
             f"ktmoe: {stays / 1e9:.3g} GB of packed experts of an earlier model stay in memory: what AMXInt8 made "
-            "with kt_share_backward: off cannot be given back. Write kt_share_backward: on, or give each run a process."
+            "with kt_share_backward: off cannot be given back. Write kt_share_backward: on, or take a process each."
         )
     if idle_bytes() < _WORTH_IT:
         return
