@@ -29,6 +29,8 @@ autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # the docstrings say shapes and types
 napoleon_use_rtype = False
 
+highlight_language = "none"  # blocks that name no language are drawings
+
 html_theme = "furo"
 html_title = "ktmoe"
 html_static_path = ["_static"]

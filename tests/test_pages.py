@@ -127,6 +127,8 @@ def test_settings_are_accepted(page):
         given = yaml.safe_load(block)
         if given.get("use_kt"):
             keys.check(given)
+            if given.pop("kt_weight_path", None):  # a folder of the reader's
+                assert given["kt_backend"] == "AMXInt8"
             check_values(given)
 
 
@@ -143,8 +145,7 @@ def test_a_key_is_described_as_it_is(name):
     (written,) = (yaml.safe_load(value) for value in re.findall(r"- \*\*Default\*\*: `(.*?)`", section))
     assert (written, type(written)) == (default, type(default))
     (example,) = re.findall(r"```yaml\n(.*?)```", section, re.DOTALL)
-    assert re.search(rf"^(# )?{name}: ", example, re.MULTILINE)
-    assert name == "kt_weight_path" or name in yaml.safe_load(example)
+    assert name in yaml.safe_load(example)
 
 
 CHOICES = {name: about["enum"] for name, about in KTConfig.schema()["properties"].items() if "enum" in about}

@@ -62,7 +62,5 @@ def test_every_block_runs(name, tmp_path, monkeypatch):
 def test_no_block_is_overlooked():
     """Blocks are found by how they begin: another way to write `python` would hide one."""
     for page in PAGES.values():
-        opened = re.findall(
-            r"^\s*[`~:]{3,}\s*\{?(?:code-block\}\s*)?(?:python|py|pycon)\b", page.read_text(), re.MULTILINE
-        )
+        opened = re.findall(r"^\s*[`~:]{3,}\W*(?:code-block\W*)?(?:python|py|pycon)\b", page.read_text(), re.MULTILINE)
         assert len(opened) == len(snippets(page)), page
