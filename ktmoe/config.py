@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +31,19 @@ OLD_KEYS = {
 }
 
 
-def _key(default: Any, help: str, *, choices: tuple[str, ...] = (), most: int = 0) -> Any:
+def _backends() -> tuple[str, ...]:
+    """As the table is when it is asked: a row may be added."""
+    return *TABLE, "auto"
+
+
+def _one_of(*words: str) -> Callable[[], tuple[str, ...]]:
+    return lambda: words
+
+
+_ANYTHING = _one_of()
+
+
+def _key(default: Any, help: str, *, choices: Callable[[], tuple[str, ...]] = _ANYTHING, most: int = 0) -> Any:
     """A field: one of some words, or a whole number from 1 to `most`, or what its type says."""
     return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "most": most})
 
@@ -52,7 +64,7 @@ class KTConfig:
     kt_backend: str = _key(
         "auto",
         "What computes the routed experts: AMXBF16 and AMXInt8 (the kernel), torch, reference, or auto.",
-        choices=(*TABLE, "auto"),
+        choices=_backends,
     )
     kt_num_threads: int | None = _key(
         None,
@@ -74,37 +86,37 @@ class KTConfig:
         "auto",
         "One repacked backward buffer for all layers (on, less memory) or a copy per layer (off, faster). auto: a "
         "copy where memory is there.",
-        choices=("auto", "on", "off"),
+        choices=_one_of("auto", "on", "off"),
     )
     kt_cpu_activation: str = _key(
         "auto",
         "Whether a layer keeps its experts' input and output, so that gradient checkpointing does not compute them "
         "again: retain, recompute, or auto (keep while a tenth of the memory is free).",
-        choices=("auto", "retain", "recompute"),
+        choices=_one_of("auto", "retain", "recompute"),
     )
     kt_torch_packing: str = _key(
         "auto",
         "Copies of the weights that the torch backend makes to compute faster: both (forward and backward, 2.0 x "
         "their size in bf16), forward (1.0 x), off (none), or auto (as many as leave a quarter of the memory free).",
-        choices=("auto", "both", "forward", "off"),
+        choices=_one_of("auto", "both", "forward", "off"),
     )
     kt_verify: str = _key(
         "quick",
         "How the kernel is checked before it is used: quick (seconds, once per shape, then each layer as it is "
         "loaded), full (eight larger cases at every start), off (not at all: wrong gradients would go unnoticed).",
-        choices=("quick", "full", "off"),
+        choices=_one_of("quick", "full", "off"),
     )
     kt_fallback: str = _key(
         "error",
         "When the kernel fails its checks: stop (error), or go on with the torch backend (torch).",
-        choices=("error", "torch"),
+        choices=_one_of("error", "torch"),
     )
 
     def __post_init__(self) -> None:
         """Checks and normalises every field: LLaMA-Factory's parser does not (it lets any YAML value through)."""
         for field in dataclasses.fields(self):
             name, value, most = field.name, getattr(self, field.name), field.metadata["most"]
-            if choices := field.metadata["choices"]:
+            if choices := field.metadata["choices"]():
                 object.__setattr__(self, name, _choice(name, value, choices))
             whole = isinstance(value, int) and not isinstance(value, bool)
             if most and value is not None and not (whole and 0 < value <= most):
@@ -146,9 +158,9 @@ class KTConfig:
         for field in dataclasses.fields(cls):
             rules = field.metadata
             about: dict[str, Any] = {"description": rules["help"], "default": field.default}
-            if rules["choices"]:
+            if choices := rules["choices"]():
                 words = {"on": True, "off": False}  # as YAML 1.1 reads them
-                about["enum"] = [*rules["choices"], *(words[c] for c in rules["choices"] if c in words)]
+                about["enum"] = [*choices, *(words[c] for c in choices if c in words)]
             elif rules["most"]:
                 about |= {"type": ["integer", "null"], "minimum": 1, "maximum": rules["most"]}
             elif isinstance(field.default, bool):
