@@ -23,7 +23,6 @@ from ktmoe.notices import say_once
 _WORTH_IT = 64 * 2**20  # bytes of packed weights; looking at every page of the process takes 0.2 s a GB
 _CHUNK = 4096  # pages looked at together
 _LEAST = 16  # pages in a row: what kt_kernel allocates is larger, and most of what others have is smaller
-_PRESENT = 1 << 63
 _libc = ctypes.CDLL(None)
 
 
