@@ -184,7 +184,8 @@ class KernelBackend(Backend):
     def condemn(self) -> None:
         """As `close`, for an object that computed something wrong: it is kept, since it would leak, and never used."""
         with self._host.lock:
-            self._host.condemned.append(self._release.detach())
+            if held := self._release.detach():
+                self._host.condemned += held[2]  # the object, which it would have been given on
             self._made = None
 
     def _take_backward_buffer_over(self) -> None:
