@@ -10,6 +10,7 @@ from typing import Any
 
 import psutil
 import torch
+from tqdm import tqdm
 from transformers import TrainerCallback
 from transformers.trainer_callback import CallbackHandler
 
@@ -88,7 +89,7 @@ class TrainingLog(TrainerCallback):
         """Says where the time went, and what would help."""
         self._step.close()
         if self._all.steps and state.is_local_process_zero:
-            print(f"ktmoe: {self._all.summary(self._rate)} {_advice(self._all, self._rate)}", flush=True)
+            tqdm.write(f"ktmoe: {self._all.summary(self._rate)} {_advice(self._all, self._rate)}")  # not into a bar
 
 
 class _Span:
