@@ -1,5 +1,6 @@
 """The house: what stands where, how large rooms may be, and that the map in docs/design.md shows each of them."""
 
+import ast
 import re
 import statistics
 from pathlib import Path
@@ -51,3 +52,23 @@ def test_only_one_package_names_the_kernel():
 
 def test_every_file_says_what_it_is():
     assert [name for name, path in SOURCES.items() if not path.read_text(encoding="utf-8").startswith('"""')] == []
+
+
+def drawn_from(source):
+    """The calls of a file that draw from torch's own stream of random numbers, which a user's seed begins."""
+    names = ("rand", "randn", "randint", "randperm", "normal", "bernoulli", "multinomial", "rand_like", "randn_like")
+    calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
+    return [
+        ast.unparse(call)
+        for call in calls
+        if ast.unparse(call.func) in [f"torch.{name}" for name in names]
+        and "generator" not in [keyword.arg for keyword in call.keywords]
+    ]
+
+
+def test_no_measurement_draws_a_users_random_numbers():
+    """A run that measures something is the run that finds it measured, to the last bit: same LoRA, same dropout."""
+    assert drawn_from("a = torch.randn(3)") == ["torch.randn(3)"]
+    assert drawn_from("a = torch.randn(3, generator=g)") == []
+    drawing = {name: drawn_from(path.read_text(encoding="utf-8")) for name, path in SOURCES.items()}
+    assert {name: calls for name, calls in drawing.items() if calls} == {}

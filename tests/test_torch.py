@@ -7,7 +7,7 @@ from weakref import WeakSet
 
 import pytest
 import torch
-from helpers import SMALL, needs_packing, relative, stack
+from helpers import SMALL, call, needs_packing, relative, stack, weights
 from ktmoe_reference import LORA_NAMES
 
 from ktmoe import memory
@@ -392,6 +392,21 @@ def test_the_measurement_compares_both(monkeypatch):
         assert (choice._compared(packed=True) == "") == pays
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
     assert "no instructions" in choice._compared(packed=True)
+
+
+def test_a_measurement_leaves_the_users_random_numbers_alone(monkeypatch, tmp_path):
+    """The first run on a machine measures, and begins with the same LoRA as every later one."""
+    monkeypatch.setenv("KTMOE_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(choice, "_fastest", lambda run: 1.0)
+    found = []
+    for _ in range(2):  # measured, then read
+        choice.why_not_bf16.cache_clear()
+        torch.manual_seed(5)
+        experts = MoEExperts(weights(), top_k=SMALL.top_k, r=2, config=KTConfig(kt_backend="torch"))
+        experts(*call(experts))
+        found.append(torch.rand(4))
+    choice.why_not_bf16.cache_clear()
+    assert torch.equal(*found)
 
 
 def test_what_was_measured_is_kept(monkeypatch, tmp_path):

@@ -90,7 +90,7 @@ class KernelBackend(Backend):
         self._disk = packed
         made = self._pack(share_backward)
         self._made: KernelObject | None = made
-        self.shape, self.scaling = made.shape, made.scaling  # what an object that was there already was built for
+        self.scaling = made.scaling  # that an object that was there already was built for; so is its rank
         # K22: also when nobody calls `close`. INT8 with a backward copy of its own is the one that cannot be reloaded.
         reloadable = share_backward or kind == "AMXBF16"
         idle = self._host.idle[self._key(share_backward)] if reloadable else self._host.condemned
@@ -256,7 +256,7 @@ class KernelBackend(Backend):
         """Backward of all rows, in chunks; LoRA gradients leave the kernel in bf16 and add up in fp32 (K13)."""
         grad_x = torch.empty_like(inputs.hidden_states)  # [T, H]
         grad_w = torch.empty_like(inputs.top_k_weights)  # [T, K]
-        buffers = lora.gradient_buffers(self.shape)  # K14: never null, even without LoRA
+        buffers = lora.gradient_buffers(self._object.shape)  # K14: never null, even without LoRA
         total: list[Tensor] | None = None
         start = 0
         for chunk in self._chunks(inputs):

@@ -89,12 +89,13 @@ def _compared(packed: bool) -> str:
         return "this torch has no oneDNN"
     if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return "this CPU has no instructions for bfloat16"
-    matrix = torch.randn(2, 1024, 2048).to(torch.bfloat16)
+    g = torch.Generator().manual_seed(0)  # a run's own random numbers are the same with and without a measurement
+    matrix = torch.randn(2, 1024, 2048, generator=g).to(torch.bfloat16)
     weights = ExpertWeights(matrix[:1], matrix[1:], matrix[:1].mT.contiguous())
     bf16: Products = Packed(weights, _ROWS, backward=True) if packed else FromSource(weights)
     times = []
     for products, dtype in ((bf16, torch.bfloat16), (FromSource(weights), torch.float32)):
-        x, out = torch.randn(_ROWS, 2048).to(dtype), torch.empty(_ROWS, 2048, dtype=dtype)
+        x, out = torch.randn(_ROWS, 2048, generator=g).to(dtype), torch.empty(_ROWS, 2048, dtype=dtype)
         times.append(_fastest(functools.partial(products.gate_up, 0, x, out, False)))
         times[-1] += _fastest(functools.partial(products.gate_up_backward, 0, x, out, False))
     half, full = times
