@@ -134,8 +134,8 @@ class MoEExperts(nn.Module):
                 packed = find_packed(decided, self.weights, self.config)  # before the gate, which takes seconds
                 self.plan = ensure_verified(decided, shape, self.config)
                 backend = build(self.plan, self.weights, shape, scaling, packed if is_kernel(self.plan) else None)
-                if backend.shape != shape:  # an object that was there already, built for a larger rank
-                    self.plan = ensure_verified(self.plan, backend.shape, self.config)
+                if backend.built_for != shape:
+                    self.plan = ensure_verified(self.plan, backend.built_for, self.config)
                 if is_kernel(self.plan):
                     backend, self.plan = probe(backend, self.plan, self.weights, self.config)
             self._backend = RetainedForwards(backend, self.config.kt_cpu_activation)

@@ -76,6 +76,11 @@ class Backend(ABC):
         _MADE_HERE.add(made)
         return made
 
+    @property
+    def built_for(self) -> MoEShape:
+        """What computes: of `shape`, or what an earlier layer left behind, of a larger rank."""
+        return self.shape
+
     @contextmanager
     def working(self) -> Iterator[None]:
         """Around every forward and backward: the caller's settings kept away, and torch on `threads` threads.

@@ -8,6 +8,7 @@ import torch
 from helpers import KERNEL_BACKENDS, SMALL, call, limits, loaded, module, run_python, weights
 
 from ktmoe import KTConfig, KTError, MoEExperts
+from ktmoe import experts as experts_module
 from ktmoe.backends import kt as kernel_module
 from ktmoe.backends.kt import KernelBackend, valid_tp
 from ktmoe.backends.kt.extension import Host
@@ -129,6 +130,19 @@ def test_adapters_of_other_ranks_and_scales(name):
         MoEExperts(weights(), top_k=2, r=2, config=config).run(
             *call(module("torch")), lora=dataclasses.replace(case.lora, tensors=lora)
         )
+
+
+@every_kernel
+def test_what_an_earlier_layer_left_is_verified_as_what_it_is(name, monkeypatch):
+    """An object of a larger rank, built while nobody looked: the gate is asked about the rank that computes."""
+    shape = dataclasses.replace(SMALL, num_experts=SMALL.num_experts + 1)
+    for rank, verify in ((4, "off"), (2, "quick")):
+        asked = []
+        monkeypatch.setattr(experts_module, "ensure_verified", lambda p, s, c, asked=asked: asked.append(s.rank) or p)
+        config = KTConfig(kt_backend=name, kt_verify=verify)
+        made = MoEExperts(weights(shape), top_k=2, r=rank, config=config)
+        del made
+    assert asked == [2, 4]
 
 
 @every_kernel

@@ -227,5 +227,4 @@ def test_sixty_steps_follow_the_curve_of_the_reference(real_layers, backend):
     expected, found = (curve(real_layers.moe, name) for name in ("reference", backend))
     assert expected[-10:].mean() < expected[:10].mean() - 1
     difference = (found - expected).abs()
-    print("R", backend, expected[:3], expected[-5:], found[-5:], difference.mean(), difference.max())
     assert difference.mean() < 0.05

@@ -25,7 +25,6 @@ _NAMES = ("output", "input gradient")
 _FAR = 1.5  # times the layer's median distance: further than that stands out
 _LENGTH = 0.01  # so does a projection on the exact answer that is this far from 1
 _NEAR = 5.0  # times the limit: an error that rounding may explain
-_NEAR = 5.0  # times the limit: an error that rounding may explain
 _turns = itertools.count()  # so that each layer has other experts compared in 8 bits
 
 

@@ -227,6 +227,11 @@ class KernelBackend(Backend):
             yield
 
     @property
+    def built_for(self) -> MoEShape:
+        """See `Backend.built_for`."""
+        return self._object.shape
+
+    @property
     def _object(self) -> KernelObject:
         assert self._made is not None  # `_running` has looked
         return self._made
