@@ -52,6 +52,7 @@ CONTRACT = [
         "amx_emulation",
         "retained",
         "real_weights",
+        "real_model",
     )
 ]
 

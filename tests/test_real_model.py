@@ -199,6 +199,7 @@ def test_all_thirty_layers_compute_what_the_dense_model_computes(real_model, bac
 
 
 STEPS = 60
+RATE = 5e-4  # at four times that, roundings grow to 0.3 nats within sixty steps, whoever computes
 
 
 @functools.cache
@@ -209,7 +210,7 @@ def curve(folder, backend):
     tokenizer = AutoTokenizer.from_pretrained(folder)
     torch.manual_seed(0)
     model = upcycled(folder, backend, torch.bfloat16, lora=lora("q_proj", "v_proj", "experts")).train()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-3)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=RATE)
     found = []
     for step in range(STEPS):
         batch = held_out.collate(tokenizer, [(q.text, q.answer) for q in train[4 * step : 4 * step + 4]])
@@ -224,7 +225,9 @@ def curve(folder, backend):
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS[1:])
 def test_sixty_steps_follow_the_curve_of_the_reference(real_layers, backend):
+    """In nats, of 12 to 19. INT8 is another function of the weights, 3 % from bf16 here, and still follows."""
     expected, found = (curve(real_layers.moe, name) for name in ("reference", backend))
     assert expected[-10:].mean() < expected[:10].mean() - 1
-    difference = (found - expected).abs()
-    assert difference.mean() < 0.05
+    difference = found - expected
+    assert difference.abs().mean() < (0.1 if backend == "AMXInt8" else 0.035)
+    assert difference[-20:].mean().abs() < (0.05 if backend == "AMXInt8" else 0.03)
