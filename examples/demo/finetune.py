@@ -20,7 +20,7 @@ STAGES = {
     },
     "dpo": {
         "yaml": "qwen3_moe_lora_dpo_kt.yaml", "dataset": PREFERENCES, "eval_dataset": HELD_OUT_PREFERENCES,
-        "per_device_train_batch_size": 4, "learning_rate": 1e-4, "max_steps": 24, "eval_steps": 24,
+        "per_device_train_batch_size": 4, "learning_rate": 3e-4, "max_steps": 30, "eval_steps": 30,
         "pref_ftx": 1.0,  # and learn to give the preferred answer, which the model would never give by itself
     },
 }  # fmt: skip
