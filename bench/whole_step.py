@@ -10,6 +10,7 @@ warms up or slows down does so for both. Times are medians over all steps but th
 import argparse
 import itertools
 import json
+import operator
 import os
 import platform
 import statistics
@@ -35,18 +36,23 @@ CONTESTANTS = {
     "ktmoe": {"use_kt": True, "kt_backend": "auto"},
     "ktmoe torch": {"use_kt": True, "kt_backend": "torch"},
     "ktmoe AMXBF16": {"use_kt": True, "kt_backend": "AMXBF16"},
+    "stock, huge pages": {},
 }
+# What `ktmoe train` sets for itself; without ktmoe it can be had too.
+HUGE_PAGES = {"THP_MEM_ALLOC_ENABLE": "1"}
 
 
-def train(config: Path, result: Path) -> None:
-    """One run, in this process; writes the time of every step, the losses, and the memory at its peak."""
-    from transformers import TrainerCallback
-
+def train(config: Path, result: Path, profiled: bool) -> None:
+    """One run, in this process; writes the time of every step, its profile, the losses, and the memory at its peak."""
     keys = json.loads(config.read_text())
     if keys.get("use_kt"):
-        from ktmoe.llamafactory import install
+        from ktmoe.llamafactory import engage, install
 
+        engage(keys)
         install()
+    from step_profile import StepProfile
+    from transformers import TrainerCallback
+
     from ktmoe.llamafactory.audio import torchaudio_stand_in
 
     with torchaudio_stand_in():
@@ -62,12 +68,17 @@ def train(config: Path, result: Path) -> None:
         def on_step_end(self, *_, **__):
             ends.append(time.perf_counter())
 
-    peak = _Peak()
-    run_exp(keys, callbacks=[Clock()])
+    peak, profile = _Peak(), StepProfile()
+    # Profiled in the last round, since hooks take time too.
+    run_exp(keys, callbacks=[Clock(), profile] if profiled else [Clock()])
     history = json.loads((Path(keys["output_dir"]) / "trainer_state.json").read_text())["log_history"]
     losses = [log["loss"] for log in history if "loss" in log]
     seconds = [after - before for before, after in itertools.pairwise(ends)]
-    result.write_text(json.dumps({"seconds": seconds, "losses": losses, "anonymous": peak.end()}))
+    result.write_text(
+        json.dumps(
+            {"seconds": seconds, "losses": losses, "anonymous": peak.end(), "profile": profile.seconds[WARM_UP:]}
+        )
+    )
 
 
 class _Peak:
@@ -140,17 +151,21 @@ def compare(folder: Path, model: Path, arguments: argparse.Namespace, shape: tup
         **CHECKPOINTING[gc],
     }
     found: dict[str, list[dict]] = {name: [] for name in arguments.contestants}
-    for turn in range(arguments.rounds):
+    for turn in range(arguments.rounds + 1):
         for name in arguments.contestants if turn % 2 == 0 else arguments.contestants[::-1]:
             config, result = folder / "config.json", folder / "result.json"
             config.write_text(json.dumps(keys | CONTESTANTS[name]))
-            command = [sys.executable, __file__, "--run", str(config), str(result)]
-            done = subprocess.run(command, capture_output=True, text=True)
+            profiled = ["--profile"] if turn == arguments.rounds else []
+            command = [sys.executable, __file__, "--run", str(config), str(result), *profiled]
+            environment = os.environ | (HUGE_PAGES if "huge pages" in name else {})
+            done = subprocess.run(command, capture_output=True, text=True, env=environment)
             if done.returncode:
                 raise SystemExit(f"{name} failed:\n{done.stderr[-3000:]}")
             found[name].append(json.loads(result.read_text()))
+    from step_profile import medians
+
     rows = []
-    for name, runs in found.items():
+    for name, (*runs, profiled_run) in found.items():
         seconds = statistics.median(t for run in runs for t in run["seconds"][WARM_UP:])
         memory = max(run["anonymous"] for run in runs)
         rows.append(
@@ -163,6 +178,7 @@ def compare(folder: Path, model: Path, arguments: argparse.Namespace, shape: tup
                 "tokens_per_second": batch * length / seconds,
                 "anonymous_bytes": memory,
                 "losses": runs[0]["losses"],
+                "profile": medians(profiled_run["profile"]),
             }
         )
     for row in rows:
@@ -176,6 +192,21 @@ def compare(folder: Path, model: Path, arguments: argparse.Namespace, shape: tup
     return rows
 
 
+def write(out: Path, steps: int, rows: list[dict]) -> None:
+    """`whole_step.json`, and for each kind of step a picture of where its time went."""
+    from step_profile import draw
+
+    out.mkdir(parents=True, exist_ok=True)
+    cpu = next((s for s in Path("/proc/cpuinfo").read_text().splitlines() if s.startswith("model name")), "")
+    machine = {"cpu": cpu.partition(": ")[2], "cores": os.cpu_count(), "python": platform.python_version()}
+    (out / "whole_step.json").write_text(json.dumps({"machine": machine, "steps": steps, "rows": rows}, indent=1))
+    kind = operator.itemgetter("tokens", "batches", "checkpointing")
+    for what, group in itertools.groupby(rows, kind):
+        title = "SmolLM2-135M upcycled, {} tokens, {} batch, checkpointing {}".format(*what)
+        path = out / f"step-{'-'.join(what).replace(' ', '')}.svg"
+        draw({row["contestant"]: row["profile"] for row in group}, title, path)
+
+
 def main() -> None:
     """Parse the arguments, compare, print, and write what was asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -185,11 +216,12 @@ def main() -> None:
     parser.add_argument("--contestants", nargs="+", default=["stock", "ktmoe"], choices=CONTESTANTS)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--out", type=Path, help="a folder for whole_step.json and the drawn profiles")
     parser.add_argument("--run", nargs=2, type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--profile", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.run:
-        train(*arguments.run)
+        train(*arguments.run, arguments.profile)
         return
     shapes = [(int(batch), int(length)) for batch, length in (text.split("x") for text in arguments.tokens)]
     with tempfile.TemporaryDirectory() as name:
@@ -202,10 +234,8 @@ def main() -> None:
             for gc in arguments.checkpointing
             for row in compare(folder, model, arguments, shape, batches, gc)
         ]
-    if arguments.json:
-        cpu = next((s for s in Path("/proc/cpuinfo").read_text().splitlines() if s.startswith("model name")), "")
-        machine = {"cpu": cpu.partition(": ")[2], "cores": os.cpu_count(), "python": platform.python_version()}
-        arguments.json.write_text(json.dumps({"machine": machine, "steps": arguments.steps, "rows": rows}, indent=1))
+    if arguments.out:
+        write(arguments.out, arguments.steps, rows)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,9 @@
 
 import dataclasses
 import importlib.util
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -77,3 +80,26 @@ def test_torchaudio_is_not_claimed_to_be_there(llamafactory):
     assert importlib.util.find_spec("torchaudio") is None
     with pytest.raises(KTError, match=r"torchaudio\.load: torchaudio is not installed"):
         mm_plugin.torchaudio.load("speech.wav")
+
+
+POLICY = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+HUGE = """
+import sys
+from ktmoe import llamafactory
+arguments = {"use_kt": True} if sys.argv[1] == "ktmoe" else {}
+if arguments:
+    llamafactory.engage(arguments)
+import transformers, peft, torch
+x = torch.ones(64 * 2**20, dtype=torch.uint8)
+rollup = open("/proc/self/smaps_rollup").read().split("AnonHugePages:")[1]
+print(int(rollup.split()[0]) * 1024)
+"""
+
+
+@pytest.mark.skipif(
+    not POLICY.exists() or "[madvise]" not in POLICY.read_text(), reason="huge pages are not for those who ask here"
+)
+@pytest.mark.parametrize("who", ["ktmoe", "nobody"])
+def test_a_training_allocates_in_huge_pages(who):
+    done = subprocess.run([sys.executable, "-c", HUGE, who], capture_output=True, text=True, check=True)
+    assert (int(done.stdout.splitlines()[-1]) > 48 * 2**20) == (who == "ktmoe")

@@ -10,7 +10,7 @@ from ktmoe.errors import KTError
 from ktmoe.llamafactory import keys, shipped, torchrun
 
 
-__all__ = ["check", "install", "main"]
+__all__ = ["check", "engage", "install", "main"]
 
 
 def install() -> None:
@@ -18,6 +18,29 @@ def install() -> None:
     from ktmoe.llamafactory import patches
 
     patches.install()
+
+
+def engage(args: keys.Args) -> None:
+    """Checks what would otherwise fail while LLaMA-Factory is imported or launched, and sets how this process runs.
+
+    To be called before torch allocates anything: its allocator looks at the environment once.
+
+    Args:
+        args: the arguments, flat.
+
+    Raises:
+        KTError: an environment or a value that `use_kt` cannot run with.
+    """
+    # First of all: torch looks when it allocates for the first time. It asks for huge pages then. Activations come and
+    # go at every layer, and each time every 4 KB of them were a page fault: a tenth of a step on a CPU.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+
+    from ktmoe.llamafactory import preflight, rules
+
+    preflight.check_environment()
+    rules.check_values(keys.values(args))
+    os.environ["USE_KT"] = "1"  # the launcher reads this, not the YAML: without it, several GPUs mean torchrun
+    os.environ.setdefault("NPROC_PER_NODE", "1")  # for FORCE_TORCHRUN; its default is the number of GPUs
 
 
 def main(argv: Sequence[str], command: str = "train") -> None:
@@ -33,7 +56,7 @@ def main(argv: Sequence[str], command: str = "train") -> None:
     """
     argv, args = _read(argv)
     if keys.uses_kt(args):
-        _engage(args)
+        engage(args)
     install()
     from llamafactory import cli, launcher
 
@@ -60,7 +83,7 @@ def check(argv: Sequence[str]) -> str:
             "use_kt: is not true in these arguments; ktmoe check looks at trainings with use_kt: true. Name a "
             "configuration that has it (ktmoe examples lists some), or append use_kt=true."
         )
-    _engage(args)
+    engage(args)
     install()
     from llamafactory.hparams import parser
 
@@ -81,13 +104,3 @@ def _read(argv: Sequence[str]) -> tuple[Sequence[str], keys.Args]:
     args = keys.flat(keys.read(argv))
     keys.check(args)
     return argv, args
-
-
-def _engage(args: keys.Args) -> None:
-    """Checks what would otherwise fail while LLaMA-Factory is imported or launched, and sets how it launches."""
-    from ktmoe.llamafactory import preflight, rules
-
-    preflight.check_environment()
-    rules.check_values(keys.values(args))
-    os.environ["USE_KT"] = "1"  # the launcher reads this, not the YAML: without it, several GPUs mean torchrun
-    os.environ.setdefault("NPROC_PER_NODE", "1")  # for FORCE_TORCHRUN; its default is the number of GPUs
