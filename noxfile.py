@@ -148,9 +148,19 @@ def soak(session: nox.Session) -> None:
 
 @nox.session
 def perf(session: nox.Session) -> None:
-    """Times the backends with pytest-benchmark, each after a correctness check; arguments go to pytest."""
+    """Memory at its peak, then times: one layer's experts beside the peers, and whole steps beside stock. An hour.
+
+    Nothing else may run on the machine. Tables, JSON and plots go to `perf/`. Arguments after `--` go to pytest, which
+    measures memory and single calls.
+    """
     install_tested_set(session, "tests")
     session.run("python", "-m", "pytest", "bench", *_without_allowance(session), env=ENV)
+    # As many threads as the host has: times of one process that runs alone.
+    alone = {name: value for name, value in ENV.items() if name != "OMP_NUM_THREADS"}
+    session.run("python", "bench/layers.py", "--sweeps", "tokens", "experts", "--out", "perf", env=alone)
+    whole = ("python", "bench/whole_step.py", "--out", "perf")
+    session.run(*whole, "--contestants", "stock", "stock, huge pages", "ktmoe", env=alone)
+    session.run(*whole, "--tokens", "8x64", "--batches", "new", "--checkpointing", "non-reentrant", "off", env=alone)
     _needs_kernel(session)
 
 

@@ -12,7 +12,6 @@ import itertools
 import json
 import operator
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -68,7 +67,7 @@ def train(config: Path, result: Path, profiled: bool) -> None:
         def on_step_end(self, *_, **__):
             ends.append(time.perf_counter())
 
-    peak, profile = _Peak(), StepProfile()
+    peak, profile = Peak(), StepProfile()
     # Profiled in the last round, since hooks take time too.
     run_exp(keys, callbacks=[Clock(), profile] if profiled else [Clock()])
     history = json.loads((Path(keys["output_dir"]) / "trainer_state.json").read_text())["log_history"]
@@ -81,7 +80,7 @@ def train(config: Path, result: Path, profiled: bool) -> None:
     )
 
 
-class _Peak:
+class Peak:
     """Anonymous memory of this process at its peak: mapped files can be dropped at any time, and do not count."""
 
     def __init__(self) -> None:
@@ -89,10 +88,15 @@ class _Peak:
         self.thread = threading.Thread(target=self._watch, daemon=True)
         self.thread.start()
 
+    @staticmethod
+    def now() -> int:
+        """Bytes, at this moment."""
+        status = Path("/proc/self/status").read_text().splitlines()
+        return next(int(s.split()[1]) * 1024 for s in status if s.startswith("RssAnon:"))
+
     def _watch(self) -> None:
         while not self.ended.wait(0.02):
-            status = Path("/proc/self/status").read_text().splitlines()
-            self.most = max(self.most, *(int(s.split()[1]) * 1024 for s in status if s.startswith("RssAnon:")))
+            self.most = max(self.most, self.now())
 
     def end(self) -> int:
         self.ended.set()
@@ -194,12 +198,11 @@ def compare(folder: Path, model: Path, arguments: argparse.Namespace, shape: tup
 
 def write(out: Path, steps: int, rows: list[dict]) -> None:
     """`whole_step.json`, and for each kind of step a picture of where its time went."""
+    from report import machine
     from step_profile import draw
 
     out.mkdir(parents=True, exist_ok=True)
-    cpu = next((s for s in Path("/proc/cpuinfo").read_text().splitlines() if s.startswith("model name")), "")
-    machine = {"cpu": cpu.partition(": ")[2], "cores": os.cpu_count(), "python": platform.python_version()}
-    (out / "whole_step.json").write_text(json.dumps({"machine": machine, "steps": steps, "rows": rows}, indent=1))
+    (out / "whole_step.json").write_text(json.dumps({"machine": machine(), "steps": steps, "rows": rows}, indent=1))
     kind = operator.itemgetter("tokens", "batches", "checkpointing")
     for what, group in itertools.groupby(rows, kind):
         title = "SmolLM2-135M upcycled, {} tokens, {} batch, checkpointing {}".format(*what)
