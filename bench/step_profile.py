@@ -113,6 +113,7 @@ def medians(steps: Sequence[dict[str, float]]) -> dict[str, float]:
 
 def draw(profiles: dict[str, dict[str, float]], title: str, path: Path) -> None:
     """One bar for each contestant, by part; the passes of a part side by side in shades of its colour."""
+    import matplotlib as mpl
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 1.1 + 0.7 * len(profiles)), layout="constrained")
@@ -132,7 +133,9 @@ def draw(profiles: dict[str, dict[str, float]], title: str, path: Path) -> None:
     axes.set_xlabel("seconds of one step; light to dark: forward, recompute, backward")
     axes.set_title(title, fontsize=10)
     axes.legend(ncols=len(ORDER), loc="upper center", bbox_to_anchor=(0.5, -0.32), frameon=False, fontsize=8)
-    figure.savefig(path)
+    axes.spines[["top", "right"]].set_visible(False)
+    with mpl.rc_context({"svg.fonttype": "none"}):
+        figure.savefig(path, metadata={"Date": None})
 
 
 def _trained(values: Sequence[Any]) -> list[Tensor]:
