@@ -148,7 +148,7 @@ def soak(session: nox.Session) -> None:
 
 @nox.session
 def perf(session: nox.Session) -> None:
-    """Memory at its peak, then times: one layer's experts beside the peers, and whole steps beside stock. An hour.
+    """Memory at its peak, then times: one layer's experts beside the peers, and whole steps beside stock. Takes hours.
 
     Nothing else may run on the machine. Tables, JSON and plots go to `perf/`. Arguments after `--` go to pytest, which
     measures memory and single calls.

@@ -172,7 +172,7 @@ def compare(row: str, names: list[tuple[str, int]], rounds: int, folder: Path) -
 
 
 def contestants(wanted: list[str]) -> list[tuple[str, int]]:
-    """Names and kernel threads; the kernel with one thread, and with as many as there are cores."""
+    """Names and kernel threads; the kernel with one thread, on half of the cores, and on all."""
     found = []
     for name in wanted:
         if name not in KERNEL_BACKENDS:
