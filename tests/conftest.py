@@ -73,6 +73,19 @@ def pytest_runtest_setup(item):
         pytest.skip("GPU NOT verified on this host: torch sees none")
 
 
+@pytest.fixture(autouse=True)
+def _environment_as_found():
+    """Each test leaves the environment as it found it: the processes that later tests start would inherit it.
+
+    `ktmoe train` sets some for its process, and the memory of a sweep over models grew under them.
+    """
+    found = dict(os.environ)
+    yield
+    if dict(os.environ) != found:
+        os.environ.clear()
+        os.environ.update(found)
+
+
 @pytest.fixture(scope="session")
 def kernel():
     """The package `ktmoe.backends.kt`, on hosts where it can compute; elsewhere the test is skipped."""
