@@ -74,11 +74,12 @@ def test_a_full_check_runs_at_every_start(name, cache, monkeypatch):
     dtypes = []
     real = gate.probe_problems
     monkeypatch.setattr(gate, "probe_problems", lambda *args: dtypes.append(args[3].dtype) or real(*args))
+    shape = dataclasses.replace(SMALL, intermediate_size=192)  # of no other test: one of a larger rank would serve
     for _ in range(2):
-        MoEExperts(weights(), top_k=2, r=4, config=config)
+        MoEExperts(contract.draw_case(shape, 8, seed=0).weights, top_k=2, r=4, config=config)
     assert ran == ["full", "full"]
     assert dtypes == [torch.float32] * 2
-    assert gate.run_contract(certificate.subject(plan(config, SMALL), contract.reduced(SMALL)), "full") == []
+    assert gate.run_contract(certificate.subject(plan(config, shape), contract.reduced(shape)), "full") == []
 
 
 @every_kernel
