@@ -22,6 +22,7 @@ _CACHE = tempfile.mkdtemp(prefix="ktmoe-tests-")
 os.environ["XDG_CACHE_HOME"] = _CACHE
 for _name in ("HF_HOME", "HF_DATASETS_CACHE", "HF_HUB_CACHE", "MPLCONFIGDIR", "KTMOE_CACHE_DIR"):
     os.environ.pop(_name, None)
+os.environ.pop("THP_MEM_ALLOC_ENABLE", None)  # tests of memory measure torch's allocator as it comes
 
 import hypothesis
 import pytest

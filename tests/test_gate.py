@@ -68,18 +68,18 @@ def test_a_certificate_for_something_else_is_not_believed(name, cache, monkeypat
 
 @every_kernel
 def test_a_full_check_runs_at_every_start(name, cache, monkeypatch):
+    monkeypatch.setattr(Host, "_hosts", {})  # no idle object of another test serves: a larger rank is checked as well
     config = KTConfig(kt_backend=name, kt_num_threads=1, kt_max_len=64, kt_verify="full")
     ran = []
     monkeypatch.setattr(gate, "_run_gate", lambda about, level: ran.append(level) or [])
     dtypes = []
     real = gate.probe_problems
     monkeypatch.setattr(gate, "probe_problems", lambda *args: dtypes.append(args[3].dtype) or real(*args))
-    shape = dataclasses.replace(SMALL, intermediate_size=192)  # of no other test: one of a larger rank would serve
     for _ in range(2):
-        MoEExperts(contract.draw_case(shape, 8, seed=0).weights, top_k=2, r=4, config=config)
+        MoEExperts(weights(), top_k=2, r=4, config=config)
     assert ran == ["full", "full"]
     assert dtypes == [torch.float32] * 2
-    assert gate.run_contract(certificate.subject(plan(config, shape), contract.reduced(shape)), "full") == []
+    assert gate.run_contract(certificate.subject(plan(config, SMALL), contract.reduced(SMALL)), "full") == []
 
 
 @every_kernel

@@ -1,6 +1,7 @@
 """The house: what stands where, how large rooms may be, and that the map in docs/design.md shows each of them."""
 
 import ast
+import os
 import re
 import statistics
 from pathlib import Path
@@ -72,3 +73,9 @@ def test_no_measurement_draws_a_users_random_numbers():
     assert drawn_from("a = torch.randn(3, generator=g)") == []
     drawing = {name: drawn_from(path.read_text(encoding="utf-8")) for name, path in SOURCES.items()}
     assert {name: calls for name, calls in drawing.items() if calls} == {}
+
+
+@pytest.mark.parametrize("test", ["this one", "and the next"])
+def test_no_test_finds_what_another_left_in_the_environment(test):
+    assert "KTMOE_TEST_LEFT_THIS" not in os.environ
+    os.environ["KTMOE_TEST_LEFT_THIS"] = test
