@@ -25,8 +25,9 @@ def layer(request, shape):
     name = request.param
     if name in KERNEL_BACKENDS and not kt.available():
         pytest.skip(f"kernel NOT verified on this host: {kt.variant()}")
-    case = contract.draw_case(contract.reduced(SHAPES[shape]), TOKENS, seed=0)
-    backend = build(plan(KTConfig(kt_backend=name), case.shape), case.weights, case.shape, case.lora.scaling)
+    case = contract.draw_case(contract.reduced(SHAPES[shape]), TOKENS, 0, TABLE[name].stored)
+    decided = plan(KTConfig(kt_backend=name), case.shape, case.weights.stored)
+    backend = build(decided, case.weights, case.shape, case.lora.scaling)
     assert contract.judge(backend, case, TABLE[name].expected) == []
     dtype = backend.compute_dtype
     inputs = make_inputs(case.hidden_states, case.top_k_index, case.top_k_weights, case.lora, case.shape, dtype)

@@ -16,13 +16,16 @@ if TYPE_CHECKING:
     from ktmoe.errors import KernelError, KTError
     from ktmoe.experts import MoEExperts
     from ktmoe.models import attach, detach, load_model
+    from ktmoe.stored import BlockFP8, GroupInt4
     from ktmoe.training_log import TrainingLog
     from ktmoe.types import ExpertWeights
 
 __version__ = "0.1.0.dev0"
 
 _HOME = {
+    "BlockFP8": "stored",
     "ExpertWeights": "types",
+    "GroupInt4": "stored",
     "KTConfig": "config",
     "KTError": "errors",
     "KernelError": "errors",
@@ -37,7 +40,9 @@ _HOME = {
 }
 
 __all__ = [
+    "BlockFP8",
     "ExpertWeights",
+    "GroupInt4",
     "KTConfig",
     "KTError",
     "KernelError",

@@ -16,7 +16,7 @@ from ktmoe.interface import Backend
 from ktmoe.notices import say_once
 from ktmoe.planning import find_packed, plan
 from ktmoe.retained import RetainedForwards
-from ktmoe.types import PROJECTIONS, ExpertWeights, KTError, Lora, MoEShape
+from ktmoe.types import ExpertWeights, KTError, Lora, MoEShape
 from ktmoe.validation import check_call, check_lora, own_settings
 
 
@@ -72,8 +72,8 @@ class MoEExperts(nn.Module):
         self._backend: RetainedForwards | None = None
         self.original: tuple[nn.Module, ...] = ()  # what it stands for in a model; no submodule
         shape = self.shape(max(r, 1))
-        self.config = settle(self.config, shape, bf16_bytes(shape))
-        self.plan: Plan = plan(self.config, shape)
+        self.config = settle(self.config, shape, bf16_bytes(shape), weights.stored)
+        self.plan: Plan = plan(self.config, shape, weights.stored)
         # Read by peft for the device to put an adapter on, and by code that asks an experts module for its dtype.
         self.weight = torch.empty(0, dtype=weights.dtype, device="cpu")
         if r:
@@ -127,10 +127,10 @@ class MoEExperts(nn.Module):
         outgrown = self._backend is not None and self._backend.shape.rank < rank
         if self._backend is None or (outgrown and not is_kernel(self.plan)):  # others build nothing for a rank
             shape = self.shape(rank)
-            if any(getattr(self.weights, p)[0].is_meta for p in PROJECTIONS):
+            if self.weights.is_meta:
                 raise KTError("weights: on the meta device, so there are none. Give ExpertWeights tensors with data.")
             with own_settings():
-                decided = plan(self.config, shape)
+                decided = plan(self.config, shape, self.weights.stored)
                 packed = find_packed(decided, self.weights, self.config)  # before the gate, which takes seconds
                 self.plan = ensure_verified(decided, shape, self.config)
                 backend = build(self.plan, self.weights, shape, scaling, packed if is_kernel(self.plan) else None)

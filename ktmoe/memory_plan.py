@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ktmoe import memory
+from ktmoe.checkpoints import stored_format
 from ktmoe.models import layers_of
 from ktmoe.retained import bytes_per_token
 from ktmoe.room import Way, as_keys, free_memory, gigabytes, ways
@@ -89,7 +90,7 @@ def make(model: str, rank: int, trust_remote_code: bool = False) -> MemoryPlan:
         2 * others,
         _MASTERS * lora,
         sum(bytes_per_token(s, torch.bfloat16) for s in shapes),
-        tuple(ways(shapes)),
+        tuple(ways(shapes, stored_format(config))),
         free_memory(),
         memory.total(),
     )

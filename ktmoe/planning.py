@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ktmoe.backends import TABLE, Plan, kt
+from ktmoe.backends import TABLE, Plan, Row, kt
 from ktmoe.backends.kt import PackedLayer, PackedModel
 from ktmoe.config import KTConfig
 from ktmoe.cores import usable_cores
@@ -10,17 +10,31 @@ from ktmoe.types import ExpertWeights, KTError, MoEShape
 from ktmoe.validation import check_shape
 
 
-def plan(config: KTConfig, shape: MoEShape) -> Plan:
+_IN_WORDS = {
+    "": "not stored so",
+    "fp8": "FP8 with a scale for each block of 128 x 128 (DeepSeek-V3's)",
+    "int4": "INT4 with a scale for each group of 32 (Kimi K2's)",
+}
+
+
+def plan(config: KTConfig, shape: MoEShape, stored: str | None = None) -> Plan:
     """Decides what runs.
 
-    `auto` takes the first backend of the table that can serve the shape on this host. A named one that this host
-    cannot run gives way to the torch backend; one that cannot take the shape is refused.
+    `auto` takes the first backend of the table that can serve the shape on this host, with weights that are stored so.
+    A named one that this host cannot run gives way to the torch backend; one that cannot take the shape or the weights
+    is refused.
+
+    Args:
+        config: what the user wants.
+        shape: what to build for.
+        stored: the format of the weights, as `ExpertWeights.stored`; None while nobody has looked at the files.
 
     Raises:
-        KTError: a shape or rank that the named backend cannot take, or packed weights of another shape or making.
+        KTError: a shape, rank or format that the named backend cannot take, or packed weights of another shape or
+            making.
     """
     check_shape(shape)
-    chosen, reasons = _choose(config, shape)
+    chosen, reasons = _choose(config, shape, stored)
     row = TABLE[chosen]
     tp = row.largest_tp(shape) if config.kt_tp_enabled else 1
     if config.kt_weight_path and row.takes_packed:
@@ -30,23 +44,39 @@ def plan(config: KTConfig, shape: MoEShape) -> Plan:
     return Plan(chosen, threads, tp, config.kt_max_len or 4096, share, config.kt_torch_packing, reasons)
 
 
-def _choose(config: KTConfig, shape: MoEShape) -> tuple[str, tuple[tuple[str, str], ...]]:
+def _choose(config: KTConfig, shape: MoEShape, stored: str | None) -> tuple[str, tuple[tuple[str, str], ...]]:
     """A backend's name, and those that came before it with the reason against each."""
     wanted = config.kt_backend
     if wanted == "auto":
         against: list[tuple[str, str]] = []
         for name, row in TABLE.items():
-            why = row.why_not(shape)
+            if row.stored not in ("", stored):
+                continue
+            why = _no_sharing(row, config) or row.why_not(shape)
             if not why:
                 return name, tuple(against)
             against.append((name, why))
         raise KTError(f"kt_backend: auto found none: {'; '.join(f'{name}: {why}' for name, why in against)}")
-    if why := TABLE[wanted].refuse_shape(shape):
+    if stored is not None and TABLE[wanted].stored not in ("", stored):
+        raise KTError(
+            f"kt_backend: {wanted} takes experts that the checkpoint holds in {_IN_WORDS[TABLE[wanted].stored]}; this "
+            f"model's are {_IN_WORDS[stored]}. Write kt_backend: auto, or AMXInt8, which quantises any."
+        )
+    if why := _no_sharing(TABLE[wanted], config) or TABLE[wanted].refuse_shape(shape):
         raise KTError(why)
     if why := TABLE[wanted].refuse_host():
         unused = "; kt_weight_path is of no use here" if config.kt_weight_path else ""
         return "torch", ((wanted, why + unused),)
     return wanted, ()
+
+
+def _no_sharing(row: Row, config: KTConfig) -> str:
+    if config.kt_share_backward != "off" or row.own_backward:
+        return ""
+    return (
+        f"kt_share_backward: got off; kt_backend: {row.name} has one backward buffer for all layers only. Write on, "
+        "or leave it out."
+    )
 
 
 def cores_to_leave() -> int:

@@ -18,7 +18,9 @@ from ktmoe.types import KTError, MoEShape
 WAYS: tuple[Mapping[str, str], ...] = (
     {"kt_backend": "AMXBF16", "kt_share_backward": "off"},
     {"kt_backend": "AMXBF16", "kt_share_backward": "on"},
+    {"kt_backend": "AMXFP8", "kt_share_backward": "on"},
     {"kt_backend": "AMXInt8", "kt_share_backward": "on"},
+    {"kt_backend": "AMXInt4", "kt_share_backward": "on"},
     {"kt_backend": "torch", "kt_torch_packing": "both"},
     {"kt_backend": "torch", "kt_torch_packing": "forward"},
     {"kt_backend": "torch", "kt_torch_packing": "off"},
@@ -45,14 +47,17 @@ def free_memory() -> int:
     return memory.available() + psutil.swap_memory().free + kt.idle_bytes()
 
 
-def ways(shapes: Sequence[MoEShape]) -> Iterator[Way]:
+def ways(shapes: Sequence[MoEShape], stored: str = "") -> Iterator[Way]:
     """How the experts can be held, from the fastest way to the smallest.
 
     Args:
         shapes: of every layer.
+        stored: the format of the weights, as `ExpertWeights.stored`.
     """
     for keys in WAYS:
         row = TABLE[keys["kt_backend"]]
+        if row.stored not in ("", stored):
+            continue
         share = keys.get("kt_share_backward") == "on"
         planned = Plan(row.name, None, 1, 1, share, keys.get("kt_torch_packing", "auto"))
         why_not = next((why for shape in set(shapes) if (why := row.refuse_shape(shape))), "") or row.refuse_host()
@@ -64,20 +69,21 @@ def _bytes(layers: Sequence[tuple[Plan, MoEShape]]) -> int:
     return sum(part.each for part in parts) + max((part.once for part in parts), default=0)
 
 
-def check_room(config: KTConfig, shapes: Sequence[MoEShape]) -> None:
+def check_room(config: KTConfig, shapes: Sequence[MoEShape], stored: str = "") -> None:
     """Refuses experts whose packed weights alone are larger than the memory, swap included.
 
     Args:
         config: with what is `auto` decided.
         shapes: of every layer.
+        stored: the format of the weights, as `ExpertWeights.stored`.
 
     Raises:
         KTError: names both sizes and the keys with which they fit.
     """
-    size, free = _bytes([(plan(config, shape), shape) for shape in shapes]), free_memory()
+    size, free = _bytes([(plan(config, shape, stored), shape) for shape in shapes]), free_memory()
     if size <= free:
         return
-    fits = [way for way in ways(shapes) if not way.why_not and way.size <= free]
+    fits = [way for way in ways(shapes, stored) if not way.why_not and way.size <= free]
     shown = "; ".join(f"{as_keys(way.keys)} ({gigabytes(way.size)})" for way in fits[:3])
     raise KTError(
         f"kt_backend: {config.kt_backend}: the routed experts take {gigabytes(size)} of memory, and {gigabytes(free)} "

@@ -123,9 +123,23 @@ class ExpertWeights:
         """Gate, up [I, H] and down [H, I] of expert `e`: views, no copies."""
         return self.gate_proj[e], self.up_proj[e], self.down_proj[e]
 
+    @property
+    def stored(self) -> str:
+        """The format that the source holds all three in, if a kernel may take it: "fp8", or "" for any other."""
+        formats = {getattr(getattr(self, p), "format", "") for p in PROJECTIONS}
+        return formats.pop() if len(formats) == 1 else ""
+
+    @property
+    def is_meta(self) -> bool:
+        """Whether there are no numbers: some of them are on the meta device."""
+        stacks: list[Any] = [getattr(self, p) for p in PROJECTIONS]
+        return any((getattr(s, "device", None) or s[0].device).type == "meta" for s in stacks)
+
     def nbytes(self) -> int:
-        """Bytes of all weights in the dtype they are held in."""
-        return 3 * self.num_experts * self.hidden_size * self.intermediate_size * torch.finfo(self.dtype).bits // 8
+        """Bytes of all weights as they are held, scales left out."""
+        each = self.num_experts * self.hidden_size * self.intermediate_size
+        bits = sum(getattr(getattr(self, p), "bits", torch.finfo(self.dtype).bits) for p in PROJECTIONS)
+        return each * bits // 8
 
 
 def _matrix(stack: Stack, e: int) -> tuple[tuple[int, ...], torch.dtype]:

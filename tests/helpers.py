@@ -16,14 +16,18 @@ from ktmoe.config import KTConfig
 from ktmoe.experts import MoEExperts
 from ktmoe.gate import contract
 from ktmoe.planning import plan
-from ktmoe.types import ExpertWeights, MoEShape
+from ktmoe.stored import Stored
+from ktmoe.types import PROJECTIONS, ExpertWeights, MoEShape
 
 
-KERNELS = ("AMXBF16", "AMXInt8")
+KERNELS = ("AMXBF16", "AMXInt8", "AMXFP8", "AMXInt4")
+ANY_SOURCE = [k for k in KERNELS if not TABLE[k].stored]  # the others take weights that are stored in their format
 BACKENDS = [
     pytest.param(b, marks=[pytest.mark.kernel] if b in KERNELS else []) for b in ("reference", "torch", *KERNELS)
 ]
 KERNEL_BACKENDS = [pytest.param(b, marks=[pytest.mark.kernel]) for b in KERNELS]
+BF16_KERNELS = [pytest.param(b, marks=[pytest.mark.kernel]) for b in ANY_SOURCE]
+BF16_BACKENDS = [b for b in BACKENDS if b.values[0] not in KERNELS or b.values[0] in ANY_SOURCE]
 # Where the CPU has no instructions for bf16, oneDNN packs nothing and the torch backend computes in fp32.
 PACKS = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 needs_packing = pytest.mark.skipif(
@@ -33,17 +37,27 @@ needs_packing = pytest.mark.skipif(
 FORKSERVER = multiprocessing.get_context("forkserver")
 FORKSERVER.set_forkserver_preload(["guards", "helpers"])
 # How close single elements are: a few tokens per expert are too few for a mean.
-SLACK = {"reference": 1e-5, "torch": 0.02, "AMXBF16": 0.02, "AMXInt8": 0.08}
+SLACK = {"reference": 1e-5, "torch": 0.02, "AMXBF16": 0.02, "AMXInt8": 0.08, "AMXFP8": 0.02, "AMXInt4": 0.04}
 SMALL = MoEShape(num_experts=4, hidden_size=64, intermediate_size=64, top_k=2, rank=4)
+
+
+def fitting(name, shape=SMALL):
+    """A shape, or where a backend does not take it the next larger one."""
+    return contract.fitting(TABLE[name], shape)
+
+
+def draw(name, shape=SMALL, tokens=24, seed=0):
+    """A case of sizes and with weights that a backend takes: bf16, or stored in its format."""
+    return contract.draw_case(fitting(name, shape), tokens, seed, TABLE[name].stored)
 
 
 @functools.cache  # the kernel leaks the weights of destroyed objects: few are built, and kept
 def loaded(name, shape, seed=0, max_len=256, tokens=24):
     """A backend loaded with a drawn case, and the case."""
-    case = contract.draw_case(shape, tokens, seed)
-    decided = plan(KTConfig(kt_backend=name, kt_max_len=max_len, kt_num_threads=1), shape)
+    case = draw(name, shape, tokens, seed)
+    decided = plan(KTConfig(kt_backend=name, kt_max_len=max_len, kt_num_threads=1), case.shape)
     assert decided.backend == name, decided.note
-    return build(decided, case.weights, shape, case.lora.scaling), case
+    return build(decided, case.weights, case.shape, case.lora.scaling), case
 
 
 def relative(got, expected):
@@ -57,16 +71,17 @@ def limits(name):
     return contract.DRAWN_INT8 if name == "AMXInt8" else TABLE[name].expected
 
 
-def weights(shape=SMALL, seed=0):
-    """bf16 expert weights of a layer."""
-    return contract.draw_case(shape, 1, seed).weights
+def weights(shape=SMALL, seed=0, name="torch"):
+    """Expert weights of a layer, as `draw` gives them."""
+    return draw(name, shape, 1, seed).weights
 
 
 @functools.cache
 def module(name, shape=SMALL, max_len=256, seed=0):
     """A `MoEExperts` with non-zero LoRA of its own, r = shape.rank, alpha = 2 r."""
     config = KTConfig(kt_backend=name, kt_max_len=max_len, kt_num_threads=1)
-    experts = MoEExperts(weights(shape), top_k=shape.top_k, r=shape.rank, lora_alpha=2 * shape.rank, config=config)
+    held, r = weights(shape, name=name), fitting(name, shape).rank
+    experts = MoEExperts(held, top_k=shape.top_k, r=r, lora_alpha=2 * r, config=config)
     g = torch.Generator().manual_seed(seed)
     for p in experts.parameters():
         p.data = torch.randn(p.shape, generator=g) * 0.1
@@ -87,9 +102,21 @@ def gradients(experts, loss, *leaves):
     return torch.autograd.grad(loss, [*leaves, *experts.parameters()], retain_graph=True)
 
 
-def stack(case_weights):
-    """The same weights as sequences of E matrices, as checkpoints hold them."""
-    return ExpertWeights(*(list(getattr(case_weights, p)) for p in ("gate_proj", "up_proj", "down_proj")))
+def exact(held):
+    """Gate, up and down [E, ...] as one tensor each: what the weights mean, without any rounding."""
+    stacks = [getattr(held, p) for p in PROJECTIONS]
+    return [torch.stack(list(s.exact() if isinstance(s, Stored) else s)) for s in stacks]
+
+
+def chosen(held, experts):
+    """Some experts of a layer in another order, as sequences of matrices."""
+    return ExpertWeights(*(_chosen(getattr(held, p), experts) for p in PROJECTIONS))
+
+
+def _chosen(stack, experts):
+    if not isinstance(stack, Stored):
+        return [stack[e] for e in experts]
+    return type(stack)([stack.matrices[e] for e in experts], [stack.scales[e] for e in experts])
 
 
 def run_python(code, timeout=120):

@@ -7,8 +7,10 @@ import dataclasses
 
 import torch
 
+from ktmoe.gate import contract
 from ktmoe.retained import RetainedForwards
-from ktmoe.types import ExpertWeights
+from ktmoe.stored import Stored
+from ktmoe.types import PROJECTIONS, ExpertWeights
 
 
 def lora(inputs, **changes):
@@ -26,9 +28,14 @@ def scaled(factor):
 
 def weights(**changes):
     """Frozen weights with some projections replaced by a function of themselves."""
-    return lambda w: ExpertWeights(
-        **{p: changes.get(p, lambda t: t)(getattr(w, p).clone()) for p in ("gate_proj", "up_proj", "down_proj")}
-    )
+    return lambda w: ExpertWeights(*(changed(getattr(w, p), changes.get(p, torch.clone)) for p in PROJECTIONS))
+
+
+def changed(stack, change):
+    """A stack replaced by a function of it; stored in its own format, with scales that fit the new numbers."""
+    if not isinstance(stack, Stored):
+        return change(stack.clone())
+    return contract.as_stored(change(torch.stack(list(stack.exact()))), stack.format)
 
 
 def rows(at, value):

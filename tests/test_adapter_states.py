@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 from families import logits, model
-from helpers import KERNEL_BACKENDS, weights
+from helpers import BF16_KERNELS, weights
 from safetensors.torch import load_file, save_file
 from test_models import REFERENCE, lora, moved
 
@@ -108,7 +108,7 @@ def test_expert_lora_stays_fp32_on_the_cpu():
     assert torch.isfinite(logits(made)).all()
 
 
-@pytest.mark.parametrize("name", KERNEL_BACKENDS)
+@pytest.mark.parametrize("name", BF16_KERNELS)
 def test_an_evaluation_before_the_adapter_is_added(name):
     attached = attach(model(dtype=torch.bfloat16), KTConfig(kt_backend=name, kt_max_len=64))
     before = logits(attached)
@@ -118,7 +118,7 @@ def test_an_evaluation_before_the_adapter_is_added(name):
         made.add_adapter("large", lora("experts", r=32))
 
 
-@pytest.mark.parametrize("name", KERNEL_BACKENDS)
+@pytest.mark.parametrize("name", BF16_KERNELS)
 def test_a_layer_that_falls_back_is_reported(name, monkeypatch):
     monkeypatch.setattr(gate, "probe_problems", lambda *args: ["output of expert 1: wrong"])
     config = KTConfig(kt_backend=name, kt_max_len=64, kt_fallback="torch")

@@ -10,13 +10,13 @@ import threading
 
 import pytest
 import torch
-from helpers import BACKENDS, KERNEL_BACKENDS, SMALL, call, gradients, module, relative, weights
+from helpers import BF16_BACKENDS, BF16_KERNELS, SMALL, call, gradients, module, relative, weights
 from torch.autograd import forward_ad
 
 from ktmoe import KTConfig, MoEExperts
 
 
-every_backend = pytest.mark.parametrize("name", BACKENDS)
+every_backend = pytest.mark.parametrize("name", BF16_BACKENDS)
 
 
 def fresh(name, seed=0):
@@ -56,7 +56,7 @@ def trained(name):
     return hashlib.sha256(values).hexdigest()
 
 
-@pytest.mark.parametrize("name", KERNEL_BACKENDS[:1])
+@pytest.mark.parametrize("name", BF16_KERNELS[:1])
 def test_more_busy_threads_than_cores(name):
     """The kernel's threads wait by spinning. Beside OpenMP's it is slower then, but neither stuck nor different."""
     code = f"import torch, test_clients; torch.set_num_threads(2); print(test_clients.trained({name!r}))"
@@ -252,7 +252,7 @@ def test_transforms_that_it_does_not_know_are_refused(name, experts):
         run(forward_ad.make_dual(x, one))
 
 
-@pytest.mark.parametrize("name", BACKENDS[1:])
+@pytest.mark.parametrize("name", BF16_BACKENDS[1:])
 def test_a_batch_of_gradients_is_refused(name, experts):
     """The reference, which is autograd's own, can do it."""
     x, index, w = call(experts)
@@ -276,7 +276,7 @@ def test_copies(name, experts, copied):
     assert not torch.equal(other(x, index, w), expected)
 
 
-@pytest.mark.parametrize("name", [BACKENDS[1], KERNEL_BACKENDS[0]])
+@pytest.mark.parametrize("name", [BF16_BACKENDS[1], BF16_KERNELS[0]])
 def test_copies_of_what_is_not_loaded_yet(name):
     base = MoEExperts(weights(), top_k=2, config=KTConfig(kt_backend=name, kt_max_len=256, kt_num_threads=1))
     other = copy.deepcopy(base)

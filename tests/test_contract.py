@@ -5,7 +5,21 @@ import dataclasses
 import ktmoe_reference
 import pytest
 import torch
-from helpers import BACKENDS, KERNEL_BACKENDS, SLACK, SMALL, call, gradients, limits, loaded, module, relative, stack
+from helpers import (
+    BACKENDS,
+    KERNEL_BACKENDS,
+    SLACK,
+    SMALL,
+    call,
+    chosen,
+    draw,
+    exact,
+    gradients,
+    limits,
+    loaded,
+    module,
+    relative,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -14,7 +28,7 @@ from ktmoe.backends.kt.kernel import KernelBackend
 from ktmoe.config import KTConfig
 from ktmoe.gate import contract
 from ktmoe.planning import plan
-from ktmoe.types import MoEShape
+from ktmoe.types import PROJECTIONS, MoEShape
 
 
 every_backend = pytest.mark.parametrize("name", BACKENDS)
@@ -43,7 +57,7 @@ def test_matches_the_specification(name, shape):
 @pytest.mark.parametrize("threads", [2, 3])
 def test_threads_of_the_kernel(name, threads):
     """All others run on one: they wait by spinning, which on busy cores takes a hundred times as long."""
-    case = contract.draw_case(SHAPES["tall"], 40, seed=0)
+    case = draw(name, SHAPES["tall"], 40)
     backend = KernelBackend(name, case.weights, case.shape, scaling=2.0, threads=threads, max_len=96)
     rows = contract.measure(case, contract.answer(backend, case), contract.specification(case))
     assert contract.violations(rows, limits(name)) == []
@@ -110,7 +124,7 @@ def test_routings(name, index):
 )
 def test_nothing_to_do(name, index):
     experts = module(name)
-    x = torch.randn(len(index), 64, requires_grad=True)
+    x = torch.randn(len(index), experts.hidden_size, requires_grad=True)
     w = torch.rand(len(index), 2, requires_grad=True)
     out = experts(x, index, w)
     assert out.shape == x.shape
@@ -126,7 +140,7 @@ def test_dtypes_and_layout_of_the_input(name, dtype):
     experts = module(name)
     x, index, w = call(experts)
     expected = experts(x, index, w)
-    strided = torch.empty(10, 128, dtype=dtype)[:, ::2].copy_(x.detach()).requires_grad_()
+    strided = torch.empty(10, 2 * experts.hidden_size, dtype=dtype)[:, ::2].copy_(x.detach()).requires_grad_()
     out = experts(strided, index.int().t().contiguous().t(), w.detach().to(dtype))
     assert out.dtype == dtype
     assert relative(out, expected) < 0.03
@@ -138,8 +152,8 @@ def test_dtypes_and_layout_of_the_input(name, dtype):
 @every_backend
 def test_sequences_of_matrices_equal_stacked_tensors(name):
     backend, case = loaded(name, SMALL)
-    decided = plan(KTConfig(kt_backend=name, kt_num_threads=1), SMALL)
-    other = build(decided, stack(case.weights), SMALL, case.lora.scaling)
+    decided = plan(KTConfig(kt_backend=name, kt_num_threads=1), case.shape)
+    other = build(decided, chosen(case.weights, range(4)), case.shape, case.lora.scaling)
     assert torch.equal(contract.answer(other, case)[0], contract.answer(backend, case)[0])
 
 
@@ -150,13 +164,13 @@ def test_merged_weights_equal_lora_and_zero_b_equals_base(name):
     none = dataclasses.replace(case, lora=dataclasses.replace(case.lora, tensors=zero_b))
     spec = ktmoe_reference.experts_forward(
         case.hidden_states.double(), case.top_k_index, case.top_k_weights.double(),
-        case.weights.gate_proj, case.weights.up_proj, case.weights.down_proj,
+        *exact(case.weights),
     )  # fmt: skip
     assert relative(contract.answer(backend, none)[0], spec) < limits(name).forward
     lora = case.lora.tensors
     merged = {
-        p: getattr(case.weights, p).double() + 2.0 * lora[f"{p}.lora_B"].double() @ lora[f"{p}.lora_A"].double()
-        for p in ("gate_proj", "up_proj", "down_proj")
+        p: w.double() + 2.0 * lora[f"{p}.lora_B"].double() @ lora[f"{p}.lora_A"].double()
+        for p, w in zip(PROJECTIONS, exact(case.weights), strict=True)
     }
     spec = ktmoe_reference.experts_forward(
         case.hidden_states.double(), case.top_k_index, case.top_k_weights.double(), **merged
@@ -179,7 +193,7 @@ def test_properties(name, data):
         lora = {k: v.double() for k, v in experts.lora.items()}
         spec = ktmoe_reference.experts_forward(
             x.to(loaded(name, SMALL)[0].compute_dtype).double(), index, w.double(),
-            experts.weights.gate_proj, experts.weights.up_proj, experts.weights.down_proj, lora, 2.0,
+            *exact(experts.weights), lora, 2.0,
         )  # fmt: skip
         assert relative(out, spec) < SLACK[name]
         torch.testing.assert_close(experts(x, index, 2 * w), 2 * out, rtol=0.02, atol=1e-6)
@@ -191,16 +205,14 @@ def test_properties(name, data):
 def test_permuting_experts_permutes_nothing_visible(name):
     backend, case = loaded(name, SMALL)
     order = torch.tensor([2, 0, 3, 1])
-    weights = dataclasses.replace(
-        case.weights, **{p: getattr(case.weights, p)[order] for p in ("gate_proj", "up_proj", "down_proj")}
-    )
+    weights = chosen(case.weights, order.tolist())
     lora = dataclasses.replace(case.lora, tensors={n: t[order] for n, t in case.lora.tensors.items()})
     where = torch.argsort(order)
     permuted = dataclasses.replace(
         case, weights=weights, lora=lora, top_k_index=torch.where(case.top_k_index >= 0, where[case.top_k_index], -1)
     )
-    decided = plan(KTConfig(kt_backend=name, kt_num_threads=1), SMALL)
-    other = build(decided, weights, SMALL, 2.0)
+    decided = plan(KTConfig(kt_backend=name, kt_num_threads=1), case.shape)
+    other = build(decided, weights, case.shape, 2.0)
     out, grads = contract.answer(backend, case)
     out_p, grads_p = contract.answer(other, permuted)
     assert relative(out_p, out) < 1e-2

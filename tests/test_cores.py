@@ -118,8 +118,8 @@ def test_kernel_threads_stay_in_the_mask(name, threads):
         import os, helpers
         from ktmoe.backends.kt import KernelBackend
         os.sched_setaffinity(0, {{{allowed[-1]}}})
-        case = helpers.contract.draw_case(helpers.SMALL, 8, 0)
-        backend = KernelBackend({name!r}, case.weights, helpers.SMALL, threads={threads}, max_len=32)
+        case = helpers.draw({name!r}, helpers.SMALL, 8)
+        backend = KernelBackend({name!r}, case.weights, case.shape, threads={threads}, max_len=32)
         helpers.contract.answer(backend, case)
         tids = [int(tid) for tid in os.listdir("/proc/self/task")]
         names = [open(f"/proc/self/task/{{tid}}/comm").read() for tid in tids]

@@ -6,7 +6,7 @@ import importlib.util
 import pytest
 import torch
 from factory import Workspace
-from helpers import BACKENDS
+from helpers import BF16_BACKENDS
 from safetensors.torch import load_file
 
 
@@ -69,7 +69,7 @@ def test_first_steps_equal_stock(workspace, adapters, names):
         )
 
 
-KERNELS = [pytest.param(*b.values, marks=[*b.marks, pytest.mark.slow]) for b in BACKENDS[2:]]
+KERNELS = [pytest.param(*b.values, marks=[*b.marks, pytest.mark.slow]) for b in BF16_BACKENDS[2:]]
 
 
 def threads(backend):

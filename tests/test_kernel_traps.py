@@ -5,10 +5,11 @@ import dataclasses
 
 import pytest
 import torch
-from helpers import KERNEL_BACKENDS, SMALL, call, limits, loaded, module, run_python, weights
+from helpers import KERNEL_BACKENDS, SMALL, call, draw, fitting, limits, loaded, module, run_python, weights
 
 from ktmoe import KTConfig, KTError, MoEExperts
 from ktmoe import experts as experts_module
+from ktmoe.backends import TABLE
 from ktmoe.backends import kt as kernel_module
 from ktmoe.backends.kt import KernelBackend, valid_tp
 from ktmoe.backends.kt.extension import Host
@@ -29,6 +30,11 @@ every_kernel = pytest.mark.parametrize("name", KERNEL_BACKENDS)
         ("AMXInt8", {"hidden_size": 96}, "hidden_size"),
         ("AMXInt8", {"intermediate_size": 160}, "intermediate_size"),
         ("AMXBF16", {"rank": 129}, "lora_rank"),
+        ("AMXInt4", {"hidden_size": 128, "intermediate_size": 192}, "intermediate_size"),
+        ("AMXInt4", {"hidden_size": 128, "intermediate_size": 128, "num_experts": 6}, "num_experts"),
+        ("AMXInt4", {"hidden_size": 128, "intermediate_size": 128, "rank": 9}, "lora_rank.*1 to 8"),
+        ("AMXFP8", {"hidden_size": 192, "intermediate_size": 128}, "hidden_size"),
+        ("AMXFP8", {"hidden_size": 128, "intermediate_size": 192}, "intermediate_size"),
     ],
 )
 def test_k2_shapes_that_crash_are_refused(name, changes, argument):
@@ -89,11 +95,10 @@ def test_k17_k18_tensor_parallelism_is_cut_to_what_works():
 
 
 @every_kernel
-@pytest.mark.parametrize("tp", [2, 4])
+@pytest.mark.parametrize("tp", [2, 3, 4])
 def test_tensor_parallel_is_right(name, tp):
-    shape = MoEShape(3, 64, 256, 2, 4)
-    case = contract.draw_case(shape, 16, seed=1)
-    backend = KernelBackend(name, case.weights, shape, scaling=2.0, tp=tp, threads=tp, max_len=64)
+    case = draw(name, MoEShape(3, 64, 128 * tp if TABLE[name].stored else 64 * tp, 2, 4), 16, seed=1)
+    backend = KernelBackend(name, case.weights, case.shape, scaling=2.0, tp=tp, threads=tp, max_len=64)
     rows = contract.measure(case, contract.answer(backend, case), contract.specification(case))
     assert contract.violations(rows, limits(name)) == []
 
@@ -102,8 +107,12 @@ def test_tensor_parallel_is_right(name, tp):
 @pytest.mark.parametrize("share_backward", [True, False])
 def test_both_kinds_of_backward_buffer(name, share_backward):
     """Two layers, each with other sizes, one after the other and interleaved."""
-    shapes = [SMALL, dataclasses.replace(SMALL, hidden_size=128, intermediate_size=192)]
-    cases = [contract.draw_case(s, 16, seed=2) for s in shapes]
+    if not share_backward and not TABLE[name].own_backward:
+        with pytest.raises(KTError, match="kt_share_backward: got off"):
+            plan(KTConfig(kt_backend=name, kt_share_backward="off"), fitting(name))
+        return
+    shapes = [SMALL, dataclasses.replace(SMALL, hidden_size=256, intermediate_size=192)]
+    cases = [draw(name, s, 16, seed=2) for s in shapes]
     backends = [
         KernelBackend(name, c.weights, c.shape, scaling=2.0, max_len=64, share_backward=share_backward) for c in cases
     ]
@@ -123,12 +132,12 @@ def test_adapters_of_other_ranks_and_scales(name):
     rows = contract.measure(case, contract.answer(backend, case), contract.specification(case))
     assert contract.violations(rows, limits(name)) == []
     config = KTConfig(kt_backend=name)
-    larger = MoEExperts(weights(), top_k=2, r=4, config=config)
+    larger = MoEExperts(weights(name=name), top_k=2, r=4, config=config)
     larger(*call(larger))
     del larger  # its kernel object waits for the next layer, whose own rank counts all the same
     with pytest.raises(KTError, match=r"rank 3.*at most r = 2"):
-        MoEExperts(weights(), top_k=2, r=2, config=config).run(
-            *call(module("torch")), lora=dataclasses.replace(case.lora, tensors=lora)
+        MoEExperts(weights(name=name), top_k=2, r=2, config=config).run(
+            *call(module(name)), lora=dataclasses.replace(case.lora, tensors=lora)
         )
 
 
@@ -140,7 +149,7 @@ def test_what_an_earlier_layer_left_is_verified_as_what_it_is(name, monkeypatch)
         asked = []
         monkeypatch.setattr(experts_module, "ensure_verified", lambda p, s, c, asked=asked: asked.append(s.rank) or p)
         config = KTConfig(kt_backend=name, kt_verify=verify)
-        made = MoEExperts(weights(shape), top_k=2, r=rank, config=config)
+        made = MoEExperts(weights(shape, name=name), top_k=2, r=rank, config=config)
         del made
     assert asked == [2, 4]
 
@@ -282,8 +291,8 @@ def test_the_host_says_which_variant():
 
 @every_kernel
 def test_a_closed_backend_says_so(name):
-    case = contract.draw_case(SMALL, 4, seed=0)
-    backend = KernelBackend(name, case.weights, SMALL, max_len=64)
+    case = draw(name, SMALL, 4)
+    backend = KernelBackend(name, case.weights, case.shape, max_len=64)
     backend.close()
     with pytest.raises(KTError, match="closed"):
         contract.answer(backend, case)
@@ -294,13 +303,16 @@ def test_the_callers_settings_do_not_reach_the_kernel(name):
     """torch.set_default_device("cuda") would give the kernel addresses on the GPU; "meta" gave it null pointers."""
     done = run_python(f"""
         import torch
-        from helpers import call, gradients, module, relative, weights
+        from helpers import call, gradients, relative, weights
         from ktmoe import KTConfig, MoEExperts
-        judge = module("reference")
+        held = weights(name={name!r})
+        judge = MoEExperts(held, top_k=2, r=4, lora_alpha=8, config=KTConfig(kt_backend="reference"))
+        for p in judge.parameters():
+            p.data.normal_().mul_(0.1)
         x, i, w = call(judge)
         out = judge(x, i, w)
         expected = [out, *gradients(judge, out.sum(), x, w)]
-        held, config = weights(), KTConfig(kt_backend={name!r}, kt_num_threads=1, kt_max_len=96)
+        config = KTConfig(kt_backend={name!r}, kt_num_threads=1, kt_max_len=96)
         torch.set_default_device("meta")
         torch.set_default_dtype(torch.bfloat16)
         with torch.inference_mode():
@@ -354,9 +366,9 @@ def test_a_ticket_is_spent_by_a_call_that_is_interrupted(name, monkeypatch):
     """Ctrl-C right after the kernel's backward, which takes the activations off its cache, or after new LoRA."""
     backend, case = loaded(name, SMALL)
     call_ = case.hidden_states, case.top_k_index, case.top_k_weights
-    inputs = make_inputs(*call_, case.lora, SMALL, torch.bfloat16)
+    inputs = make_inputs(*call_, case.lora, case.shape, torch.bfloat16)
     negated = {n: -t for n, t in case.lora.tensors.items()}
-    other = make_inputs(*call_, dataclasses.replace(case.lora, tensors=negated), SMALL, torch.bfloat16)
+    other = make_inputs(*call_, dataclasses.replace(case.lora, tensors=negated), case.shape, torch.bfloat16)
     expected = contract.answer(backend, case)[1]
     real = Host.run
 
@@ -387,7 +399,7 @@ def test_first_calls_from_several_threads(name):
         from ktmoe.backends.kt.extension import Host
         sys.setswitchinterval(1e-6)
         config = KTConfig(kt_backend={name!r}, kt_num_threads=1, kt_max_len=64, kt_verify="off")
-        layers = [MoEExperts(weights(seed=s), top_k=2, config=config) for s in range(4)]
+        layers = [MoEExperts(weights(seed=s, name={name!r}), top_k=2, config=config) for s in range(4)]
         threads = [threading.Thread(target=lambda m=m: m(*call(m))) for m in layers]
         [t.start() for t in threads]
         [t.join() for t in threads]
@@ -436,18 +448,18 @@ def test_tensors_without_numbers_are_refused(name):
 
         with FakeTensorMode(allow_non_fake_inputs=True):
             refused("no numbers", x, index, w)
-            refused("no numbers", torch.empty(3, 64), torch.zeros(3, 2, dtype=torch.int64), torch.empty(3, 2))
+            refused("no numbers", torch.empty(3, x.shape[1]), torch.zeros(3, 2, dtype=torch.int64), torch.empty(3, 2))
         refused("hidden_states: got a tensor on the meta device", x.to("meta"), index, w)
         refused("hidden_states: got layout torch.sparse_coo", x.to_sparse(), index, w)
         refused("top_k_weights: got layout torch.sparse_coo", x, index, w.to_sparse())
-        experts.lora_A["up_proj"] = torch.nn.Parameter(torch.empty(4, 4, 64, device="meta"))
+        experts.lora_A["up_proj"] = torch.nn.Parameter(torch.empty(4, 4, x.shape[1], device="meta"))
         refused("up_proj.lora_A: got a tensor on the meta device", x, index, w)
     """)
     assert done.stdout.split() == ["True"] * 6, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("name", ["torch", *KERNEL_BACKENDS])
-@pytest.mark.parametrize("size", [(1, 4, 64), (4, 8, 64), (4, 2, 64)])
+@pytest.mark.parametrize("size", [(1, 4), (4, 8), (4, 2)])
 def test_lora_replaced_before_the_backward_is_refused(name, size):
     """`.data = ...` goes past autograd; one expert's tensor would be spread over all of them, silently."""
     experts = module(name)
@@ -456,7 +468,7 @@ def test_lora_replaced_before_the_backward_is_refused(name, size):
     x, index, w = call(experts)
     loss = experts(x, index, w).sum()
     try:
-        parameter.data = torch.zeros(size)
+        parameter.data = torch.zeros(*size, experts.hidden_size)
         with pytest.raises(KTError, match=r"up_proj\.lora_A"):
             loss.backward()
     finally:

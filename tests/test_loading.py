@@ -7,7 +7,7 @@ import families
 import pytest
 import torch
 from families import FAMILIES, logits, model
-from helpers import KERNEL_BACKENDS, relative
+from helpers import BF16_KERNELS, relative
 from safetensors.torch import load_file, save_file
 from test_models import REFERENCE, lora, moved
 from transformers import AutoModelForCausalLM
@@ -70,7 +70,7 @@ def test_the_torch_backend_computes_from_the_file(checkpoints):
     assert any(low <= before < high for low, high in spans)
 
 
-@pytest.mark.parametrize("name", KERNEL_BACKENDS)
+@pytest.mark.parametrize("name", BF16_KERNELS)
 def test_the_kernel(name, checkpoints):
     stock = AutoModelForCausalLM.from_pretrained(checkpoints()).eval()
     streamed = ktmoe.load_model(

@@ -7,7 +7,7 @@ import peft
 import pytest
 import torch
 from families import IDS, logits, model
-from helpers import KERNEL_BACKENDS, relative
+from helpers import BF16_KERNELS, relative
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 
@@ -151,7 +151,7 @@ def test_initialisation_is_peft_s():
     assert layer.scaling["default"] == 2.0
 
 
-@pytest.mark.parametrize("name", KERNEL_BACKENDS)
+@pytest.mark.parametrize("name", BF16_KERNELS)
 def test_a_model_on_the_kernel(name, tmp_path):
     """bf16 model, kernel-backed experts, LoRA on experts and attention: loss and gradients as the reference's."""
     found = {}

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from helpers import BACKENDS, KERNELS, PACKS, needs_packing
+from helpers import BACKENDS, KERNELS, PACKS, draw, exact, fitting, needs_packing
 from hypothesis import given
 from hypothesis import strategies as st
 from ktmoe_reference import LORA_NAMES, experts_forward
@@ -21,17 +21,17 @@ from mutants import GRADIENTS, INPUTS, OUTPUT, Mutant
 from torch.nn.functional import silu
 
 from ktmoe.autograd import run_experts
+from ktmoe.backends import TABLE
 from ktmoe.backends.kt.kernel import KernelBackend
 from ktmoe.backends.reference import ReferenceBackend
 from ktmoe.backends.torch import TorchBackend
 from ktmoe.backends.torch.products import FromSource, Packed
-from ktmoe.gate import contract
-from ktmoe.types import Lora, MoEShape
+from ktmoe.types import PROJECTIONS, Lora, MoEShape
 from ktmoe.validation import check_call, check_lora
 
 
 every_backend = pytest.mark.parametrize("name", BACKENDS)
-GRANULE = {"AMXBF16": 32, "AMXInt8": 64}
+GRANULE = {"AMXBF16": 32, "AMXInt8": 64, "AMXFP8": 128, "AMXInt4": 128}
 TORCH = {  # dtype of rows and products, and what multiplies
     "source": (torch.bfloat16, FromSource),
     "cast": (torch.float32, FromSource),
@@ -62,20 +62,21 @@ def layers(name):
     """150 layers, small ones first. Not more: every kind of kernel object keeps its memory to the end (K22)."""
     rng, found = random.Random(0), []
     for _ in range(150):
-        e = rng.choice((1, 2, 3, 4, 5, 8))
+        e = rng.choice((4, 8) if name == "AMXInt4" else (1, 2, 3, 4, 5, 8))
         k = rng.randint(1, min(e, 4))
         tp = rng.choice((1, 1, 1, 1, 1, 1, 1, 2)) if name in KERNELS else 1
         h, i = (rng.choice((1, 1, 2, 2, 3, 4)) * GRANULE.get(name, 32) for _ in "hi")
         if name not in KERNELS:
             h, i = (n - rng.choice((0, 0, 3, 21, 31)) for n in (h, i))
         rank = rng.choice((1, 1, 2, 3, 4, 7, 8, 8, 15, 16, 17, 31, 32, 33, 64, 100, 128))
-        layer = Layer(MoEShape(e, h, i * tp, k, rank), rng.choice((32, 64)), tp, rng.random() < 0.7)
+        share = rng.random() < 0.7 or not TABLE[name].own_backward
+        layer = Layer(fitting(name, MoEShape(e, h, i * tp, k, rank)), rng.choice((32, 64)), tp, share)
         found.append(dataclasses.replace(layer, way=rng.choice(list(TORCH)) if name == "torch" else ""))
     return sorted(found, key=lambda d: (d.tp, d.shape.num_experts * d.shape.hidden_size * d.shape.intermediate_size))
 
 
 def build(name, layer, seed):
-    weights = contract.draw_case(layer.shape, 1, seed).weights
+    weights = draw(name, layer.shape, 1, seed).weights
     if name in KERNELS:
         sizes = dict(threads=layer.tp, tp=layer.tp, max_len=layer.max_len, share_backward=layer.share_backward)
         return KernelBackend(name, weights, layer.shape, scaling=BUILT_SCALING, **sizes)
@@ -214,7 +215,7 @@ def specification(weights, call):
     x, w, *lora = (t.double().requires_grad_() for t in call.leaves)
     tensors = dict(zip(LORA_NAMES, lora, strict=True)) if lora else None
     scaling = call.lora.scaling if lora else 1.0
-    out = experts_forward(x, call.index, w, weights.gate_proj, weights.up_proj, weights.down_proj, tensors, scaling)
+    out = experts_forward(x, call.index, w, *exact(weights), tensors, scaling)
     return [out.detach(), *gradients(out, [x, w, *lora], call.grad_output.double())]
 
 
@@ -249,6 +250,7 @@ def copies(name, weights, call):
     dtype, relative = (torch.float64, 2.0**-21) if name == "reference" else (torch.float32, 2.0**-8)
     step = Step(g, relative)
     int8 = Step(g, 0.5 / 127, of_row=True) if name == "AMXInt8" else None
+    stacks = dict(zip(PROJECTIONS, exact(weights), strict=True))
     x, w, *lora = leaves = [t.to(dtype).expand(COPIES, *t.shape).clone().requires_grad_() for t in call.leaves]
 
     def handed(t, dtype, forward=None):  # gradients are handed out in the dtype of the tensor
@@ -260,7 +262,7 @@ def copies(name, weights, call):
         ab = {n: handed(t, tensors[n].dtype, step) for n, t in zip(LORA_NAMES, lora, strict=True)}
 
     def linear(projection, e, v):
-        weight = getattr(weights, projection)[e].to(dtype).expand(COPIES, -1, -1)
+        weight = stacks[projection][e].to(dtype).expand(COPIES, -1, -1)
         if int8:
             weight = int8(weight)
         y = Rounded.apply(Rounded.apply(v, int8, step) @ weight.mT, step, int8)
@@ -359,7 +361,7 @@ def test_what_holds_bit_for_bit(name, data):
 def test_planted_faults_are_found(name):
     """The same judgement finds every fault of one line in an ordinary call of many tokens, or in one of few."""
     layer = Layer(
-        MoEShape(num_experts=4, hidden_size=64, intermediate_size=64, top_k=2, rank=4),
+        fitting(name),
         64,
         1,
         True,

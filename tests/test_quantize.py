@@ -16,7 +16,7 @@ import psutil
 import pytest
 import torch
 from amx_emulation import build as amx
-from helpers import SMALL, limits, stack, weights
+from helpers import SMALL, chosen, limits, weights
 from test_loading import as_fp8
 from test_models import IDS, logits, lora, model, moved
 from transformers import AutoModelForCausalLM
@@ -132,7 +132,7 @@ def test_memory_of_loading_is_given_back(tmp_path):
 def test_weights_are_known_however_they_are_held(packed, form):
     w = weights(seed=1)
     if form == "listed":
-        w = stack(w)
+        w = chosen(w, range(4))
     if form == "fp32":
         w = dataclasses.replace(w, **{f.name: getattr(w, f.name).float() for f in dataclasses.fields(w)})
     assert PackedModel(packed).find(w).module == KEY.format(1)

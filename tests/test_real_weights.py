@@ -5,7 +5,7 @@ import functools
 
 import pytest
 import torch
-from helpers import KERNEL_BACKENDS
+from helpers import BF16_KERNELS
 from mutants import GRADIENTS, INPUTS, OUTPUT, WEIGHTS, Mutant, mutants
 from safetensors.torch import load_file
 
@@ -17,7 +17,7 @@ from ktmoe.gate.load_probe import probe_problems
 from ktmoe.types import ExpertWeights
 
 
-every_kernel = pytest.mark.parametrize("name", KERNEL_BACKENDS)
+every_kernel = pytest.mark.parametrize("name", BF16_KERNELS)
 EXPERTS = (28, 29, 0, 13)  # layers of the model; 28 has the outliers that were once refused
 
 

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers import KERNEL_BACKENDS, SMALL, loaded
+from helpers import KERNEL_BACKENDS, SMALL, draw, loaded
 
 from ktmoe.backends.kt import resting
 from ktmoe.backends.kt.kernel import KernelBackend
@@ -27,8 +27,8 @@ def ticks(threads):
 @pytest.mark.parametrize("name", KERNEL_BACKENDS)
 @pytest.mark.parametrize("threads", [1, 2])
 def test_between_tasks_the_threads_take_no_time(name, threads):
-    case = contract.draw_case(SMALL, 40, seed=0)
-    backend = KernelBackend(name, case.weights, SMALL, threads=threads)
+    case = draw(name, SMALL, 40)
+    backend = KernelBackend(name, case.weights, case.shape, threads=threads)
     taken = 0
     for _ in range(6):
         contract.answer(backend, case)
@@ -41,8 +41,8 @@ def test_between_tasks_the_threads_take_no_time(name, threads):
 
 @pytest.mark.parametrize("name", KERNEL_BACKENDS)
 def test_pools_take_turns(name):
-    case = contract.draw_case(SMALL, 40, seed=0)
-    backends = [KernelBackend(name, case.weights, SMALL, threads=t, max_len=32) for t in (1, 2, 1)]
+    case = draw(name, SMALL, 40)
+    backends = [KernelBackend(name, case.weights, case.shape, threads=t, max_len=32) for t in (1, 2, 1)]
     expected = contract.answer(backends[0], case)
     for turn in range(30):
         answer = contract.answer(backends[turn % 3], case)

@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 from families import logits, model
-from helpers import KERNEL_BACKENDS
+from helpers import BF16_KERNELS
 from safetensors.torch import load_file, save_file
 from test_models import REFERENCE, lora
 from transformers import Trainer, TrainingArguments
@@ -99,7 +99,7 @@ def test_a_file_that_shrinks_after_its_header_was_read(tmp_path):
         attach(skeleton, REFERENCE, r=4, checkpoint=checkpoint)
 
 
-@pytest.mark.parametrize("name", KERNEL_BACKENDS)
+@pytest.mark.parametrize("name", BF16_KERNELS)
 def test_a_failure_leaves_no_kernel_object_behind(name, tmp_path):
     """The last layer's weights are NaN, which only its load probe finds: what the others packed is used again."""
     config = KTConfig(kt_backend=name, kt_num_threads=2, kt_max_len=96, kt_share_backward="on")

@@ -7,7 +7,7 @@ from weakref import WeakSet
 
 import pytest
 import torch
-from helpers import SMALL, call, needs_packing, relative, stack, weights
+from helpers import SMALL, call, chosen, needs_packing, relative, weights
 from ktmoe_reference import LORA_NAMES
 
 from ktmoe import memory
@@ -93,7 +93,7 @@ def test_weights_of_every_dtype_and_form(way, dtype, form, monkeypatch):
     )
     weights = {
         "stacked": lambda w: w,
-        "sequence": stack,
+        "sequence": lambda w: chosen(w, range(w.num_experts)),
         "lazy": lambda w: ExpertWeights(Lazy(w.gate_proj), Lazy(w.up_proj), Lazy(w.down_proj)),
         "turned": lambda w: ExpertWeights(*(p.mT.contiguous().mT for p in (w.gate_proj, w.up_proj, w.down_proj))),
     }[form](stacked)

@@ -7,7 +7,7 @@ import torch
 from accelerate import Accelerator
 from datasets import Dataset
 from factory import save_model
-from helpers import BACKENDS
+from helpers import BF16_BACKENDS
 from peft import LoraConfig
 from peft.optimizers import create_loraplus_optimizer
 from safetensors.torch import load_file
@@ -38,7 +38,7 @@ COMMON = dict(
     report_to=[],
     disable_tqdm=True,
 )
-every_backend = pytest.mark.parametrize("name", BACKENDS)
+every_backend = pytest.mark.parametrize("name", BF16_BACKENDS)
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +151,7 @@ def test_the_best_model_is_loaded_at_the_end(make, path, tokenizer, tmp_path):
     assert not any(torch.equal(adapter(p)[name], adapter(tmp_path)[name]) for p in others)
 
 
-@pytest.mark.parametrize("name", BACKENDS[2:])
+@pytest.mark.parametrize("name", BF16_BACKENDS[2:])
 @every_trainer
 def test_kernels_train_as_the_reference_does(make, name, path, tokenizer, tmp_path):
     found = {}

@@ -18,8 +18,9 @@ from ktmoe.types import ExpertWeights, MoEShape
 
 __all__ = ["KERNEL_BACKENDS", "TABLE", "Limits", "Plan", "Row", "TorchBackend", "build", "is_kernel", "kt"]
 
-# What quantises weights stands behind what does not: `auto` never does it unasked.
-TABLE: dict[str, Row] = {row.name: row for row in (kt.BF16, torch.ROW, kt.INT8, reference.ROW)}
+# What needs weights that are stored in its format stands before what takes any. What quantises them stands behind what
+# does not: `auto` never does it unasked.
+TABLE: dict[str, Row] = {row.name: row for row in (kt.FP8, kt.INT4, kt.BF16, torch.ROW, kt.INT8, reference.ROW)}
 KERNEL_BACKENDS = tuple(name for name, row in TABLE.items() if row.is_kernel)
 
 

@@ -99,6 +99,8 @@ class Row:
         is_kernel: whether it is somebody else's code, which has to pass the gate.
         takes_packed: whether it loads the files of `kt_weight_path`.
         memory: what a layer's weights take.
+        stored: the format in which the source must hold the weights, as `ExpertWeights.stored`; "" for any.
+        own_backward: whether each layer may have backward weights of its own (`kt_share_backward: off`).
     """
 
     name: str
@@ -113,6 +115,8 @@ class Row:
     is_kernel: bool = False
     takes_packed: bool = False
     memory: Callable[[Plan, MoEShape], Memory] = _no_memory
+    stored: str = ""
+    own_backward: bool = True
 
     def why_not(self, shape: MoEShape) -> str:
         """Why it cannot serve a shape on this host, "" if it can."""

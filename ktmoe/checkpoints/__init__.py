@@ -2,7 +2,7 @@
 
 from ktmoe.checkpoints.files import HUB, OPTIONS, find_files, refuse_adapter
 from ktmoe.checkpoints.names import CheckpointNames, ExpertKey
-from ktmoe.checkpoints.quantised import is_fp8, refuse_quantised
+from ktmoe.checkpoints.quantised import is_stored, refuse_quantised, stored_format
 from ktmoe.checkpoints.reader import Checkpoint
 
 
@@ -13,7 +13,8 @@ __all__ = [
     "CheckpointNames",
     "ExpertKey",
     "find_files",
-    "is_fp8",
+    "is_stored",
     "refuse_adapter",
     "refuse_quantised",
+    "stored_format",
 ]

@@ -1,7 +1,8 @@
 """Quantised checkpoints: known by their configuration, or by what their tensors are called, and refused.
 
 transformers loads what its quantisers know, whose experts are modules and bytes of their own; what no quantiser knows
-it reads as plain numbers. FP8 with block scales is the one that is read here (`fp8.py`).
+it reads as plain numbers. Two are read here (`ktmoe.stored`): FP8 with block scales as DeepSeek-V3 is released, and
+compressed-tensors' INT4 in groups as Kimi K2 is.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+from ktmoe.stored import GROUP
 from ktmoe.types import KTError
 
 
@@ -27,9 +29,23 @@ _NAMES = {
 }
 
 
-def is_fp8(config: Any) -> bool:
-    """Whether a configuration says FP8, which has block scales if `Checkpoint` takes it."""
-    return set(_methods(config)) == {"fp8"}
+# What compressed-tensors may say of the weights that are read.
+_INT4 = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": GROUP, "symmetric": True}
+
+
+def is_stored(config: Any) -> bool:
+    """Whether a configuration says a quantisation that is read here."""
+    return bool(list(_found(config))) and all(_why_not(found, key) == "" for found, key in _found(config))
+
+
+def stored_format(config: Any) -> str:
+    """What `ExpertWeights.stored` will be, as far as a configuration says."""
+    if not is_stored(config):
+        return ""
+    found, key = next(_found(config))
+    if _method(found, key) == "compressed-tensors":
+        return "int4"
+    return "fp8" if found.get("weight_block_size") in (None, [128, 128], (128, 128)) else ""
 
 
 def refuse_quantised(path: Any, config: Any) -> None:
@@ -42,9 +58,9 @@ def refuse_quantised(path: Any, config: Any) -> None:
     Raises:
         KTError: names the method and the remedy.
     """
-    for method in _methods(config):
-        if method != "fp8":
-            raise _error(path, method)
+    for found, key in _found(config):
+        if why := _why_not(found, key):
+            raise _error(path, why)
 
 
 def refuse_quantised_names(path: Any, keys: Iterable[str]) -> None:
@@ -62,19 +78,43 @@ def refuse_quantised_names(path: Any, keys: Iterable[str]) -> None:
 
 def _error(path: Any, method: str) -> KTError:
     return KTError(
-        f"{path}: the checkpoint is quantised ({method}); expected bf16, fp16 or fp32, or FP8 with block scales as "
-        "DeepSeek-V3 has it. Take the unquantised checkpoint; kt_backend: AMXInt8 quantises its experts while loading."
+        f"{path}: the checkpoint is quantised ({method}); expected bf16, fp16 or fp32, FP8 with block scales as "
+        "DeepSeek-V3 has it, or compressed-tensors' INT4 in groups of 32 as Kimi K2 has it. Take the unquantised "
+        "checkpoint; kt_backend: AMXInt8 quantises its experts while loading."
     )
 
 
-def _methods(config: Any) -> Iterator[str]:
+def _why_not(found: Mapping[str, Any], key: str) -> str:
+    """The name of a quantisation that is not read, and of what about it; "" for one that is."""
+    method = _method(found, key)
+    if method == "fp8":
+        return ""
+    if method != "compressed-tensors" or found.get("format") not in ("pack-quantized", None):
+        return f"{method}, {found['format']}" if method == "compressed-tensors" else method
+    groups = [g if isinstance(g, Mapping) else vars(g) for g in (found.get("config_groups") or {}).values()]
+    for group in groups:
+        weights = group.get("weights") or {}
+        weights = weights if isinstance(weights, Mapping) else vars(weights)
+        for name, value in _INT4.items():
+            if getattr(weights.get(name), "value", weights.get(name)) != value:
+                return f"{method}, {name}: {weights.get(name)}"
+        for name in ("input_activations", "output_activations"):
+            if group.get(name):
+                return f"{method}, {name}"
+        if weights.get("actorder"):
+            return f"{method}, actorder: {weights['actorder']}"
+    return "" if groups else f"{method}, no config_groups"
+
+
+def _found(config: Any) -> Iterator[tuple[Mapping[str, Any], str]]:
+    """What a configuration says of a quantisation, and under which key."""
     content: Mapping[str, Any] = config if isinstance(config, Mapping) else config.to_dict()
     inner = [v for k, v in content.items() if k.endswith("_config") and k not in _KEYS and isinstance(v, Mapping)]
     for part in (content, *inner):
         for key in _KEYS:
             found = part.get(key)
             if found:
-                yield _method(found if isinstance(found, Mapping) else vars(found), key)
+                yield found if isinstance(found, Mapping) else vars(found), key
 
 
 def _method(found: Mapping[str, Any], key: str) -> str:

@@ -11,14 +11,15 @@ import re
 from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ktmoe.checkpoints.files import find_files
-from ktmoe.checkpoints.fp8 import BlockFP8, check_scale
 from ktmoe.checkpoints.names import CheckpointNames, ExpertKey
-from ktmoe.checkpoints.quantised import refuse_quantised, refuse_quantised_names
+from ktmoe.checkpoints.quantised import refuse_quantised, refuse_quantised_names, stored_format
 from ktmoe.checkpoints.torch_file import TorchFile
+from ktmoe.stored import GROUP, BlockFP8, GroupInt4, Stored, check_scale
 from ktmoe.types import PROJECTIONS, ExpertWeights, KTError, Stack
 
 
@@ -59,25 +60,29 @@ class Checkpoint:
         self._block = _fp8_block(self.source.config)
         for file in self.source.weights:
             self._open(file)
+        self._packed: dict[str, tuple[str, str]] = {}
+        if stored_format(self.source.config) == "int4":
+            self._fold()
         refuse_quantised_names(self.path, self.shapes)
         self._check_fp8()
         promised = self.source.promised
-        lost = sorted(set(promised) - set(self.shapes))
+        lost = sorted(set(promised) - set(self._opened))
         if lost:
             raise KTError(
                 f"{self.path}: its index promises {len(lost)} tensors that its shards do not hold, e.g. {lost[0]} in "
                 f"{promised[lost[0]]}. Download the checkpoint again."
             )
 
-    def fp8_keys(self) -> list[str]:
-        """The FP8 matrices that have block scales."""
-        return [k for k, dtype in self._dtypes.items() if dtype == "F8_E4M3" and f"{k}{_SCALE}" in self.shapes]
+    def stored_keys(self) -> list[str]:
+        """The matrices that are quantised and have scales: FP8 with block scales, INT4 in groups."""
+        fp8 = [k for k, dtype in self._dtypes.items() if dtype == "F8_E4M3" and f"{k}{_SCALE}" in self.shapes]
+        return [*fp8, *self._packed]
 
     def files(self) -> dict[str, list[str]]:
         """The keys of every file, by its path."""
         found: dict[str, list[str]] = {}
-        for key, file in self._file.items():
-            found.setdefault(file, []).append(key)
+        for key in self.shapes:
+            found.setdefault(self._file[key], []).append(key)
         return found
 
     def dtype(self, key: str) -> str:
@@ -86,15 +91,22 @@ class Checkpoint:
 
     def tensor(self, key: str) -> Tensor:
         """A view of the file."""
-        return self._tensor(key)
+        return self._tensor(self._packed.get(key, (key,))[0])
 
     def metadata(self, key: str) -> dict[str, str]:
         """What the header of the file that holds a tensor says beside its tensors."""
         return dict(self._opened[key].metadata() or {})
 
     def dequantise(self, key: str) -> Tensor:
-        """One of `fp8_keys`, in bf16."""
-        return BlockFP8([self._tensor(key)], [self._tensor(f"{key}{_SCALE}")], self._block)[0]
+        """One of `stored_keys`, in bf16."""
+        return self._stored([key])[0]
+
+    def _stored(self, keys: Sequence[str]) -> Stored:
+        if keys[0] not in self._packed:
+            scales = [self._tensor(f"{key}{_SCALE}") for key in keys]
+            return BlockFP8([self._tensor(key) for key in keys], scales, self._block)
+        parts = [self._packed[key] for key in keys]
+        return GroupInt4([self._tensor(p).view(torch.uint8) for p, _ in parts], [self._tensor(s) for _, s in parts])
 
     def wrong_shape(self, key: str, there: tuple[int, ...], expected: tuple[int, ...]) -> KTError:
         """The error for a tensor that does not fit the configuration."""
@@ -114,7 +126,7 @@ class Checkpoint:
             KTError: names the file and the key.
         """
         for key, dtype in self._dtypes.items():
-            plain, lora = dtype in _FLOATS or dtype.startswith("F8"), _LORA.search(key)
+            plain, lora = dtype in _FLOATS or dtype.startswith("F8") or dtype == "INT4", _LORA.search(key)
             if plain and not lora:
                 continue
             read = names.parameter(key, parameters)
@@ -145,8 +157,28 @@ class Checkpoint:
             self._opened[key], self._file[key] = opened, file
             self.shapes[key], self._dtypes[key] = tuple(header.get_shape()), header.get_dtype()
 
+    def _fold(self) -> None:
+        """Has each INT4 matrix under the name that it has unquantised, instead of the three tensors that hold it."""
+        for key in [k for k in self.shapes if k.endswith("_packed")]:
+            name = key.removesuffix("_packed")  # *.weight
+            scale = f"{name}_scale"
+            out, words = self.shapes[key] if len(self.shapes[key]) == 2 else (0, 0)
+            expected = (out, 8 * words // GROUP)
+            if self._dtypes[key] != "I32" or self._dtypes.get(scale) != "BF16" or self.shapes[scale] != expected:
+                raise KTError(
+                    f"{self._file[key]}: {key} is {self._dtypes[key]} {self.shapes[key]} with {scale} "
+                    f"{self._dtypes.get(scale, 'missing')} {self.shapes.get(scale, '')}; expected I32 and BF16 "
+                    f"{expected}, eight numbers to a word and a scale for each group of {GROUP}. Is the file damaged?"
+                )
+            self._packed[name] = key, scale
+            self.shapes[name], self._dtypes[name] = (out, 8 * words), "INT4"
+            self._opened[name], self._file[name] = self._opened[key], self._file[key]
+            for part in (key, scale, f"{name}_shape"):
+                self.shapes.pop(part, None)
+                self._dtypes.pop(part, None)
+
     def _check_fp8(self) -> None:
-        with_scales = self.fp8_keys()
+        with_scales = [key for key in self.stored_keys() if key not in self._packed]
         for key in with_scales:
             check_scale(
                 f"{self._file[key]}: {key}{_SCALE}: FP8 scales",
@@ -216,16 +248,11 @@ class Checkpoint:
     def _matrices(self, keys: Sequence[str], shape: tuple[int, int]) -> Stack:
         for key in keys:
             self._check_shape(key, shape)
-        quantised = {self._dtypes[key] for key in keys} == {"F8_E4M3"}
+        quantised = {self._dtypes[key] for key in keys} in ({"F8_E4M3"}, {"INT4"})
         for key in keys:
             if self._dtypes[key] not in _FLOATS and not quantised:
                 raise self._wrong_dtype(key)
-        matrices = [self._tensor(key) for key in keys]
-        return (
-            BlockFP8(matrices, [self._tensor(f"{key}{_SCALE}") for key in keys], self._block)
-            if quantised
-            else matrices
-        )
+        return self._stored(keys) if quantised else [self._tensor(key) for key in keys]
 
     def _tensor(self, key: str) -> Tensor:
         """A view of the file. To read behind its end would be a bus error, which nobody can catch."""
@@ -245,8 +272,8 @@ class Checkpoint:
 
 _PLAIN_EXPERTS = "They are read as gate, up and down without a bias; LoRA beside them belongs into an adapter."
 _PLAIN = (
-    "weights are read in bf16, fp16, fp32, or FP8 with block scales (*_scale_inv). Take the unquantised "
-    "checkpoint; kt_backend: AMXInt8 quantises it while loading."
+    "weights are read in bf16, fp16, fp32, FP8 with block scales (*_scale_inv), or compressed-tensors' INT4. Take the "
+    "unquantised checkpoint; kt_backend: AMXInt8 quantises it while loading."
 )
 
 

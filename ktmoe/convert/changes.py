@@ -34,19 +34,19 @@ class OutputTensor:
 
 
 class Source:
-    """The tensors of the input as the output has them: FP8 as bf16."""
+    """The tensors of the input as the output has them: quantised ones as bf16."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
-        self.checkpoint, self.fp8 = checkpoint, set(checkpoint.fp8_keys())
+        self.checkpoint, self.stored = checkpoint, set(checkpoint.stored_keys())
 
     def output(self, key: str, change: Callable[[Tensor, int], Tensor] | None, kind: str, count: int) -> OutputTensor:
         """A tensor, with `change(matrix, e)` applied to it, or to each of the E matrices that it stacks."""
         checkpoint, shape = self.checkpoint, self.checkpoint.shapes[key]
         tensor = checkpoint.tensor(key)
-        dtype, width = ("BF16", 2) if key in self.fp8 else (checkpoint.dtype(key), tensor.element_size())
+        dtype, width = ("BF16", 2) if key in self.stored else (checkpoint.dtype(key), tensor.element_size())
 
         def pieces() -> Iterator[Tensor]:
-            whole = checkpoint.dequantise(key) if key in self.fp8 else tensor
+            whole = checkpoint.dequantise(key) if key in self.stored else tensor
             if change is None:
                 yield whole
                 return
@@ -73,7 +73,7 @@ def plan(source: Source, names: CheckpointNames, adapter: Adapter, model: Any) -
     tensors = {}
     done: set[str] = set()
     for key, shape in checkpoint.shapes.items():
-        if key.endswith(_SCALE) and key.removesuffix(_SCALE) in source.fp8:
+        if key.endswith(_SCALE) and key.removesuffix(_SCALE) in source.stored:
             continue
         place = names.place(key)
         name = None if place else names.parameter(key, parameters)

@@ -26,7 +26,7 @@ class Merged:
         layers: of routed experts that have changed.
         shards: files written.
         nbytes: of all tensors.
-        dequantised: matrices that were FP8 and are bf16 now.
+        dequantised: matrices that were quantised and are bf16 now.
     """
 
     path: str
@@ -39,10 +39,10 @@ class Merged:
     def __str__(self) -> str:
         """In one paragraph."""
         what = ", ".join(f"{n} in {kind}" for kind, n in self.counts.items())
-        fp8 = f" {self.dequantised} FP8 matrices became bf16." if self.dequantised else ""
+        became = f" {self.dequantised} quantised matrices became bf16." if self.dequantised else ""
         return (
             f"{self.path}: {sum(self.counts.values())} matrices merged: {what} ({self.layers} layers of routed "
-            f"experts). {self.shards} shards, {self.nbytes / 1e9:.3g} GB.{fp8}"
+            f"experts). {self.shards} shards, {self.nbytes / 1e9:.3g} GB.{became}"
         )
 
 
@@ -101,7 +101,7 @@ def merge_adapter(
             counts[tensor.kind] = counts.get(tensor.kind, 0) + tensor.count
     size = sum(t.nbytes for t in tensors.values())
     return Merged(
-        str(out_path), counts, len(adapter.experts), len(checkpoint.files()), size, len(checkpoint.fp8_keys())
+        str(out_path), counts, len(adapter.experts), len(checkpoint.files()), size, len(checkpoint.stored_keys())
     )
 
 

@@ -56,11 +56,11 @@ def quantize_model(
             no space; or a folder that holds something else.
     """
     from ktmoe.checkpoints import Checkpoint, refuse_quantised
-    from ktmoe.models import experts_in, forget_fp8, make_skeleton, model_configuration
+    from ktmoe.models import experts_in, forget_stored, make_skeleton, model_configuration
 
     model_config, _, _ = model_configuration(model, None, {})
     refuse_quantised(model, model_config)
-    forget_fp8(model_config)
+    forget_stored(model_config)
     return pack(experts_in(make_skeleton(model_config), Checkpoint(model)), Path(out), str(model), tp, threads)
 
 

@@ -57,7 +57,7 @@ def write_all(part: Path, checkpoint: Checkpoint, tensors: Mapping[str, OutputTe
         index = {"metadata": {**checkpoint.source.metadata, "total_size": size}, "weight_map": where}
         (part / _INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     config: dict[str, Any] = json.loads((part / _CONFIG).read_text(encoding="utf-8"))
-    changed = ["transformers_weights", *(["quantization_config"] if checkpoint.fp8_keys() else [])]
+    changed = ["transformers_weights", *(["quantization_config"] if checkpoint.stored_keys() else [])]
     if any(config.pop(key, None) for key in changed):
         (part / _CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 

@@ -11,7 +11,7 @@ import sys
 from dataclasses import asdict, replace
 
 from ktmoe import memory
-from ktmoe.backends import KERNEL_BACKENDS, Plan, is_kernel
+from ktmoe.backends import KERNEL_BACKENDS, TABLE, Plan, is_kernel
 from ktmoe.config import KTConfig
 from ktmoe.cores import usable_cores
 from ktmoe.gate import certificate
@@ -27,7 +27,7 @@ _shared: dict[int, str] = {}  # by bytes of all experts
 _TIMEOUT = 120  # seconds; measuring takes three to ten
 
 
-def settle(config: KTConfig, shape: MoEShape, size: int) -> KTConfig:
+def settle(config: KTConfig, shape: MoEShape, size: int, stored: str = "") -> KTConfig:
     """The configuration with `kt_backend: auto`, `kt_num_threads` and `kt_share_backward: auto` decided, and said.
 
     Whatever the user gave stays. A layer that the kernel cannot take is left to `plan`, which says why.
@@ -36,16 +36,20 @@ def settle(config: KTConfig, shape: MoEShape, size: int) -> KTConfig:
         config: as the user wrote it.
         shape: of the model's layers, or of most of them.
         size: bytes of all routed experts in bf16.
+        stored: the format of the weights, as `ExpertWeights.stored`.
     """
-    if not _kernel_can(config, shape):
+    kinds = [
+        kind for kind in _kinds(config, size, stored) if kind == "torch" or _kernel_can(kind, config, shape, stored)
+    ]
+    if not any(kind in KERNEL_BACKENDS for kind in kinds):
         return config
     if config.kt_share_backward == "auto":
-        config = replace(config, kt_share_backward=_share(config, size))
-    candidates = _candidates(config, shape)
+        config = replace(config, kt_share_backward=_share(kinds, size))
+    candidates = _candidates(kinds, config, shape, stored)
     if len(candidates) < 2 or bf16_bytes(shape) < _WORTH_IT:
         return config
-    times = _measured(shape, candidates)
-    best = plan(config, shape)
+    times = _measured(shape, candidates, stored)
+    best = plan(config, shape, stored)
     if times is not None:
         best = candidates[times.index(min(times))]
         shown = "; ".join(f"{_name(p)}: {1e3 * t:.3g} ms" for p, t in zip(candidates, times, strict=True))
@@ -60,33 +64,40 @@ def bf16_bytes(shape: MoEShape) -> int:
     return 6 * shape.num_experts * shape.hidden_size * shape.intermediate_size
 
 
-def _kernel_can(config: KTConfig, shape: MoEShape) -> bool:
-    wanted = "AMXBF16" if config.kt_backend == "auto" else config.kt_backend
+def _kinds(config: KTConfig, size: int, stored: str) -> list[str]:
+    """Backends to compare: of `auto`, what computes with the weights as they are, or cast to bf16 where that fits."""
+    if config.kt_backend != "auto":
+        return [config.kt_backend]
+    own = [name for name, row in TABLE.items() if stored and row.stored == stored]
+    fits = not own or size < _COMFORTABLE * memory.available()
+    return [*own, *(["AMXBF16"] if fits else []), "torch"]
+
+
+def _kernel_can(kind: str, config: KTConfig, shape: MoEShape, stored: str) -> bool:
     try:
-        return wanted in KERNEL_BACKENDS and is_kernel(plan(replace(config, kt_backend=wanted), shape))
+        return is_kernel(plan(replace(config, kt_backend=kind), shape, stored))
     except KTError:
         return False
 
 
-def _share(config: KTConfig, size: int) -> str:
+def _share(kinds: list[str], size: int) -> str:
     """A backward copy for each layer costs as much again as the forward's, and saves repacking at every backward.
 
     INT8 shares: its objects with a copy of their own cannot be reloaded (K22). Decided once for a model: objects of
     closed layers wait for the next that is built alike, and still hold their memory.
     """
-    if config.kt_backend == "AMXInt8":
+    if "AMXInt8" in kinds or not all(TABLE[kind].own_backward for kind in kinds):
         return "on"
     return _shared.setdefault(size, "off" if 2 * size < _COMFORTABLE * memory.available() else "on")
 
 
-def _candidates(config: KTConfig, shape: MoEShape) -> list[Plan]:
+def _candidates(kinds: list[str], config: KTConfig, shape: MoEShape, stored: str) -> list[Plan]:
     """Plans to compare. A kernel thread waits by spinning, and so does the queue's own: often one less is more."""
-    kinds = ["AMXBF16", "torch"] if config.kt_backend == "auto" else [config.kt_backend]
     cores = usable_cores()
     counts = sorted({n for n in (cores, cores - cores_to_leave(), cores // 2, cores // 4, 1) if n > 0}, reverse=True)
     found = []
     for kind in kinds:
-        one = plan(replace(config, kt_backend=kind), shape)
+        one = plan(replace(config, kt_backend=kind), shape, stored)
         if kind == "torch" or config.kt_num_threads:
             found.append(one)
         else:
@@ -100,15 +111,17 @@ def _name(plan: Plan) -> str:
     return f"{plan.backend} with {plan.threads} thread{'s' if plan.threads != 1 else ''}"
 
 
-def _measured(shape: MoEShape, plans: list[Plan]) -> list[float] | None:
+def _measured(shape: MoEShape, plans: list[Plan], stored: str) -> list[float] | None:
     """Seconds of each plan, from an earlier start or measured now; None, and said, if that fails."""
     about = certificate.subject(plans[0], shape) | {
-        "plans": [{k: v for k, v in asdict(p).items() if k != "reasons"} for p in plans]
+        "plans": [{k: v for k, v in asdict(p).items() if k != "reasons"} for p in plans],
+        "stored": stored,
     }
     kept = read(about, "speed")
     if kept is not None:
         return [float(t) for t in kept["seconds"]]
-    command = [sys.executable, "-m", "ktmoe.gate.measuring", json.dumps(asdict(shape)), json.dumps(about["plans"])]
+    told = (json.dumps(asdict(shape)), json.dumps(about["plans"]), stored)
+    command = [sys.executable, "-m", "ktmoe.gate.measuring", *told]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT, check=True)
         seconds = [float(t) for t in json.loads(done.stdout.strip().splitlines()[-1])]

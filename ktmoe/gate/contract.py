@@ -15,12 +15,20 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
-from ktmoe_reference import LORA_NAMES, experts_forward, int8_experts_forward
+from ktmoe_reference import (
+    LORA_NAMES,
+    experts_forward,
+    int8_experts_forward,
+    pack_int4,
+    quantize_fp8,
+    quantize_int4,
+)
 from torch import Tensor
 
-from ktmoe.backends import Limits
+from ktmoe.backends import Limits, Row
 from ktmoe.interface import Backend, Int8
-from ktmoe.types import ExpertWeights, Gradients, Inputs, Lora, MoEShape
+from ktmoe.stored import BlockFP8, GroupInt4, Stored
+from ktmoe.types import PROJECTIONS, ExpertWeights, Gradients, Inputs, Lora, MoEShape, Stack
 from ktmoe.validation import make_inputs
 
 
@@ -75,16 +83,18 @@ ROUNDING_FLOOR = 0.002  # half a bf16 ulp, relative
 _POOL = 4_194_301
 
 
-def draw_case(shape: MoEShape, tokens: int, seed: int) -> Case:
+def draw_case(shape: MoEShape, tokens: int, seed: int, stored: str = "") -> Case:
     """Draws weights, non-zero LoRA and a routing in which every expert but the last can be told apart.
 
     Args:
         shape: sizes; at least two experts.
         tokens: tokens with random experts, besides two per expert that are routed to it alone.
         seed: of everything.
+        stored: the format that the weights are held in, as `ExpertWeights.stored`.
 
     Returns:
-        bf16 weights, LoRA and activations, so that no backend is charged for the rounding of its inputs.
+        LoRA, activations and, unless they are stored otherwise, weights in bf16, so that no backend is charged for the
+        rounding of its inputs.
     """
     g = torch.Generator().manual_seed(seed)
     e, h, i, k = shape.num_experts, shape.hidden_size, shape.intermediate_size, shape.top_k
@@ -94,9 +104,8 @@ def draw_case(shape: MoEShape, tokens: int, seed: int) -> Case:
         drawn = torch.randn(min(n, _POOL), generator=g).mul_(scale).to(torch.bfloat16)
         return drawn.repeat(-(-n // _POOL))[:n].view(size) if n > _POOL else drawn.view(size)
 
-    weights = ExpertWeights(
-        randn(e, i, h, scale=h**-0.5), randn(e, i, h, scale=h**-0.5), randn(e, h, i, scale=i**-0.5)
-    )
+    drawn = randn(e, i, h, scale=h**-0.5), randn(e, i, h, scale=h**-0.5), randn(e, h, i, scale=i**-0.5)
+    weights = ExpertWeights(*(as_stored(t, stored) for t in drawn))
     lora = {
         # A as trained ones are, B such that LoRA moves the output by a fair part of the base's
         name: randn(*size, scale=size[2] ** -0.5 if name.endswith("lora_A") else 0.3 * size[2] ** -0.5)
@@ -111,6 +120,28 @@ def draw_case(shape: MoEShape, tokens: int, seed: int) -> Case:
     return Case(shape, weights, Lora(lora, 2.0), randn(len(index), h), index, routing, randn(len(index), h))
 
 
+def fitting(row: Row, shape: MoEShape) -> MoEShape:
+    """A shape, its sizes doubled and its rank halved until a backend takes it."""
+    while row.refuse_shape(replace(shape, rank=1)) and shape.hidden_size < 4096:
+        shape = replace(shape, hidden_size=2 * shape.hidden_size, intermediate_size=2 * shape.intermediate_size)
+    while row.refuse_shape(shape) and shape.rank > 1:
+        shape = replace(shape, rank=shape.rank // 2)
+    return shape
+
+
+def as_stored(matrices: Tensor, stored: str) -> Stack:
+    """[E, out, in] quantised matrix by matrix into a format, as `ExpertWeights.stored` names it; "" leaves it."""
+    if not stored:
+        return matrices
+    found = [quantize_fp8(m) if stored == "fp8" else quantize_int4(m) for m in matrices]
+    numbers, scales = [q for q, _ in found], [scale for _, scale in found]
+    return BlockFP8(numbers, scales) if stored == "fp8" else GroupInt4([pack_int4(q) for q in numbers], scales)
+
+
+def _exact(stack: Stack) -> Stack:
+    return stack.exact() if isinstance(stack, Stored) else stack
+
+
 def specification(
     case: Case, dtype: torch.dtype = torch.float64, int8: Int8 | None = None
 ) -> tuple[Tensor, Gradients]:
@@ -123,7 +154,7 @@ def specification(
     """
     leaves = [case.hidden_states, case.top_k_weights, *case.lora]
     x, w, *lora = (t.detach().to(dtype).requires_grad_() for t in leaves)
-    projections = (case.weights.gate_proj, case.weights.up_proj, case.weights.down_proj)
+    projections = [_exact(getattr(case.weights, p)) for p in PROJECTIONS]
     tensors = dict(zip(LORA_NAMES, lora, strict=True))
     forward: Any = functools.partial(int8_experts_forward, **asdict(int8)) if int8 else experts_forward
     with torch.enable_grad():
@@ -245,14 +276,17 @@ def first_rows(case: Case, tokens: int) -> Case:
 
 def baseline(name: str, case: Case, expected: tuple[Tensor, Gradients]) -> list[Measurement] | None:
     """The rows of a plain torch computation in a backend's precision: bf16, or None for INT8, which torch has not."""
-    if name != "AMXBF16":
+    if name not in ("AMXBF16", "AMXFP8"):
         return None
     return measure(case, specification(case, torch.bfloat16), expected)
 
 
 def reduced(shape: MoEShape) -> MoEShape:
-    """The same layer with just enough experts for one to be idle: what an expert computes does not depend on E."""
-    return replace(shape, num_experts=min(shape.num_experts, max(shape.top_k + 2, 4)))
+    """The same layer with just enough experts for one to be idle: what an expert computes does not depend on E.
+
+    A multiple of four of them: INT4's kernel does not take any number (K33).
+    """
+    return replace(shape, num_experts=min(shape.num_experts, -(-(shape.top_k + 2) // 4) * 4))
 
 
 def _worst_token(name: str, got: Tensor, expected: Tensor) -> Measurement:

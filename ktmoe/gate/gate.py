@@ -125,7 +125,7 @@ def run_contract(about: dict[str, Any], level: str) -> list[str]:
     if certificate.subject(plan, shape) != about:
         return ["the checking process has another ktmoe, kernel or CPU than this one"]
     for seed in range(LEVELS[level].seeds):
-        case = contract.draw_case(shape, case_tokens(level, shape), seed)
+        case = contract.draw_case(shape, case_tokens(level, shape), seed, TABLE[plan.backend].stored)
         backend = RetainedForwards(build(plan, case.weights, shape, case.lora.scaling), "retain")
         problems = contract.judge(backend, case, TABLE[plan.backend].required)
         backend.close()

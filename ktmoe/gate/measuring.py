@@ -1,4 +1,4 @@
-"""`python -m ktmoe.gate.measuring SHAPE PLANS`: how long each of some plans takes here, in a process of its own.
+"""`python -m ktmoe.gate.measuring SHAPE PLANS STORED`: how long each of some plans takes, in a process of its own.
 
 The kernel keeps the weights of every object that it ever made, and its threads: neither is left to the training.
 """
@@ -31,12 +31,12 @@ _REST = 0.12  # seconds; the kernel's threads spin on for 50 ms after a task
 def part_of(shape: MoEShape) -> tuple[MoEShape, int]:
     """Fewer experts with as many rows each as 512 tokens give them, and the tokens for that."""
     each = 3 * shape.hidden_size * shape.intermediate_size * 2
-    experts = min(shape.num_experts, max(shape.top_k, _WEIGHTS // each, 2))
+    experts = min(shape.num_experts, -(-max(shape.top_k, _WEIGHTS // each, 2) // 4) * 4)
     part = MoEShape(experts, shape.hidden_size, shape.intermediate_size, shape.top_k, shape.rank)
     return part, max(1, _TOKENS * experts // shape.num_experts)
 
 
-def measure(shape: MoEShape, plans: Sequence[Plan]) -> list[float]:
+def measure(shape: MoEShape, plans: Sequence[Plan], stored: str) -> list[float]:
     """Seconds of a training forward and backward under each plan: medians over other routings, taken in turns.
 
     What stands around the experts in a model is part of it: what the kernel's threads take from torch's next products
@@ -45,9 +45,10 @@ def measure(shape: MoEShape, plans: Sequence[Plan]) -> list[float]:
     Args:
         shape: of the layer that is to be trained.
         plans: to compare.
+        stored: the format of the weights, as `ExpertWeights.stored`.
     """
     part, tokens = part_of(shape)
-    case = contract.draw_case(part, 1, seed=0)
+    case = contract.draw_case(part, 1, seed=0, stored=stored)
     backends = [build(p, case.weights, part, case.lora.scaling) for p in plans]
     times: list[list[float]] = [[] for _ in backends]
     g = torch.Generator().manual_seed(0)
@@ -88,4 +89,5 @@ def _attention(x: Tensor, dense: Tensor, times: int) -> None:
 
 
 if __name__ == "__main__":
-    print(json.dumps(measure(MoEShape(**json.loads(sys.argv[1])), [Plan(**p) for p in json.loads(sys.argv[2])])))
+    plans = [Plan(**p) for p in json.loads(sys.argv[2])]
+    print(json.dumps(measure(MoEShape(**json.loads(sys.argv[1])), plans, sys.argv[3])))

@@ -17,7 +17,7 @@ from ktmoe.llamafactory.logs import logger, warnings_to_log
 from ktmoe.models import (
     bf16_is_slow,
     check_headers,
-    forget_fp8,
+    forget_stored,
     moe_layers,
     native_class,
     native_config,
@@ -44,7 +44,7 @@ def load_config(original: Any) -> Any:
     def load_config(model_args: Any) -> Any:
         config = original(model_args)
         if model_args.use_kt:
-            forget_fp8(config)  # `stream` dequantises; LLaMA-Factory and transformers need a GPU for it
+            forget_stored(config)  # `stream` dequantises; LLaMA-Factory and transformers need a GPU for it
             if model_args.compute_dtype is None and bf16_is_slow():
                 # With bf16: false. LLaMA-Factory would load the configuration's dtype all the same.
                 setattr(config, "dtype" if hasattr(config, "dtype") else "torch_dtype", torch.float32)
@@ -65,7 +65,7 @@ def load_model(original: Any) -> Any:
             )
         if model_args.use_kt:
             # Damaged, incomplete and quantised files are refused before anything is loaded.
-            check_headers(preflight.load_config(model_args), _checkpoint(model_args))
+            check_headers(preflight.load_config(model_args), _checkpoint(model_args), kt_config(model_args))
         streamed = without_experts() if model_args.use_kt else contextlib.nullcontext()
         with native_config(native), mock.patch.object(model_args, "trust_remote_code", trust and not native), streamed:
             model = original(tokenizer, model_args, finetuning_args, is_trainable, *args, **kwargs)

@@ -4,7 +4,7 @@ from ktmoe.models.arguments import model_configuration
 from ktmoe.models.attached import moe_layers, unwrapped_layers
 from ktmoe.models.attaching import attach, detach
 from ktmoe.models.families import find, names_on_disk
-from ktmoe.models.loading import check_headers, forget_fp8, load_model, stream, without_experts
+from ktmoe.models.loading import check_headers, forget_stored, load_model, stream, without_experts
 from ktmoe.models.native import native_class, native_config
 from ktmoe.models.skeleton import check_model, expert_shapes, experts_in, layers_of, make_skeleton
 from ktmoe.models.startup import bf16_is_slow, summary
@@ -19,7 +19,7 @@ __all__ = [
     "expert_shapes",
     "experts_in",
     "find",
-    "forget_fp8",
+    "forget_stored",
     "layers_of",
     "load_model",
     "make_skeleton",

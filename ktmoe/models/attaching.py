@@ -86,7 +86,7 @@ def attach(
                     f"{name}: its weights are on the meta device. Load the model's weights before attaching."
                 )
             replaced[name] = MoEExperts(weights[name], top_k=layer.top_k, config=config)
-            plan(config, replaced[name].shape(rank or 1))
+            plan(config, replaced[name].shape(rank or 1), weights[name].stored)
         if rank:  # before the model is touched: a kernel that fails its checks leaves it as it was
             _load(replaced, rank, streamed=checkpoint is not None)
     except BaseException:
@@ -119,8 +119,10 @@ def _settle(config: KTConfig, found: dict[str, Layer], weights: dict[str, Expert
         MoEShape(w.num_experts, w.hidden_size, w.intermediate_size, found[name].top_k, rank)
         for name, w in weights.items()
     ]
-    decided = settle(config, max(shapes, key=bf16_bytes), sum(map(bf16_bytes, shapes)))
-    check_room(decided, shapes)
+    formats = {w.stored for w in weights.values()}
+    stored = formats.pop() if len(formats) == 1 else ""
+    decided = settle(config, max(shapes, key=bf16_bytes), sum(map(bf16_bytes, shapes)), stored)
+    check_room(decided, shapes, stored)
     return decided
 
 

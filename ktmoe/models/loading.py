@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from ktmoe.checkpoints import HUB, OPTIONS, Checkpoint, CheckpointNames, is_fp8, refuse_quantised
+from ktmoe.checkpoints import HUB, OPTIONS, Checkpoint, CheckpointNames, is_stored, refuse_quantised
 from ktmoe.config import KTConfig
 from ktmoe.models.arguments import (
     PLACES,
@@ -27,8 +27,9 @@ from ktmoe.models.arguments import (
 from ktmoe.models.attaching import attach
 from ktmoe.models.families import expert_modules
 from ktmoe.models.skeleton import auto_class, check_model, experts_in, make_skeleton
+from ktmoe.planning import plan
 from ktmoe.processes import check_one_process
-from ktmoe.types import KTError
+from ktmoe.types import KTError, MoEShape
 
 
 if TYPE_CHECKING:
@@ -80,16 +81,16 @@ def load_model(
     model_config, trust, rest = model_configuration(path, given, from_pretrained)
     hub = {k: v for k, v in from_pretrained.items() if k in HUB}
     refuse_quantised(path, model_config)
-    fp8 = forget_fp8(model_config)
+    stored = forget_stored(model_config)
     check_model(model_config, kt_config, r or 1, lora, trust_remote_code=trust)
     checkpoint = Checkpoint(
         path,
         transformers_weights=getattr(model_config, "transformers_weights", None),
         **{k: v for k, v in from_pretrained.items() if k in OPTIONS},
     )
-    check_headers(model_config, checkpoint, trust)
+    check_headers(model_config, checkpoint, kt_config, trust)
     asked_info = rest.pop("output_loading_info", False)
-    options = options_for({**rest, **hub}, torch.bfloat16 if fp8 or checkpoint.fp8_keys() else "auto")
+    options = options_for({**rest, **hub}, torch.bfloat16 if stored or checkpoint.stored_keys() else "auto")
     with without_experts():
         try:
             model, info = auto_class(model_config).from_pretrained(
@@ -105,14 +106,19 @@ def load_model(
     return (loaded, info) if asked_info else loaded
 
 
-def check_headers(model_config: Any, checkpoint: Checkpoint, trust_remote_code: bool = False) -> None:
-    """Refuses, from the headers alone, experts that are incomplete and tensors that are no floating-point numbers.
+def check_headers(
+    model_config: Any, checkpoint: Checkpoint, config: KTConfig, trust_remote_code: bool = False
+) -> None:
+    """Refuses, from the headers alone, what is incomplete, holds no floating-point numbers, or no backend can take.
 
     Raises:
         KTError: names the file and the key.
     """
     model = make_skeleton(model_config, trust_remote_code)
-    experts_in(model, checkpoint)
+    for weights in experts_in(model, checkpoint).values():
+        plan(
+            config, MoEShape(weights.num_experts, weights.hidden_size, weights.intermediate_size, 1, 1), weights.stored
+        )
     checkpoint.check_numbers(CheckpointNames(model, ()), dict(model.named_parameters()))
 
 
@@ -139,7 +145,8 @@ def _check_rest(model: nn.Module, checkpoint: Checkpoint, info: dict[str, Any]) 
     for key in sorted(k if isinstance(k, str) else str(k[0]) for k in info["mismatched_keys"]):
         on_disk = next((k for k in checkpoint.shapes if names.parameter(k, (key,))), key)
         raise checkpoint.wrong_shape(on_disk, checkpoint.shapes.get(on_disk, ()), tuple(tensors[key].shape))
-    missing = sorted(str(key) for key in info["missing_keys"])
+    dequantised = {names.parameter(key, tensors) for key in checkpoint.stored_keys()}  # by `stream`
+    missing = sorted(set(map(str, info["missing_keys"])) - dequantised)
     if missing:
         raise KTError(
             f"{checkpoint.path}: {len(missing)} tensors are missing, e.g. {', '.join(missing[:3])}. The files or "
@@ -147,20 +154,22 @@ def _check_rest(model: nn.Module, checkpoint: Checkpoint, info: dict[str, Any]) 
         )
 
 
-def forget_fp8(model_config: Any) -> bool:
-    """Takes FP8 with block scales off a configuration, since `stream` dequantises: transformers' own way needs a GPU.
+def forget_stored(model_config: Any) -> bool:
+    """Takes a quantisation that `stream` dequantises off a configuration: transformers' own ways need a GPU or more.
 
     Returns:
-        Whether it was there. The parameters of the model are bare FP8 numbers until `stream`.
+        Whether it was there. The parameters of the model are bare FP8 numbers, or not there, until `stream`.
     """
-    if not is_fp8(model_config):
+    if not is_stored(model_config):
         return False
-    del model_config.quantization_config
+    for key in ("quantization_config", "compression_config"):
+        if hasattr(model_config, key):
+            delattr(model_config, key)
     return True
 
 
 def _dequantise(model: nn.Module, checkpoint: Checkpoint) -> None:
-    """Gives the parameters outside the experts what their FP8 numbers and block scales mean, in place.
+    """Gives the parameters outside the experts what their quantised numbers and scales mean, in place.
 
     Raises:
         KTError: such a parameter is not in memory (`device_map` offloads it).
@@ -168,12 +177,14 @@ def _dequantise(model: nn.Module, checkpoint: Checkpoint) -> None:
     parameters = dict(model.named_parameters())
     names = CheckpointNames(model, ())
     dtype = cast(Any, model).get_input_embeddings().weight.dtype
-    for key in checkpoint.fp8_keys():
+    for key in checkpoint.stored_keys():
         name = names.parameter(key, parameters)
         if name is None:  # an expert's, or of a layer that the model does not build
             continue
         if parameters[name].is_meta:
-            raise KTError(f"device_map: {name} is offloaded, and FP8 weights are dequantised in memory. Leave it out.")
+            raise KTError(
+                f"device_map: {name} is offloaded, and quantised weights are dequantised in memory. Leave it out."
+            )
         # transformers 4 may have kept the parameter in FP8, whatever dtype was asked for.
         parameters[name].data = checkpoint.dequantise(key).to(parameters[name].device, dtype)
 
@@ -187,7 +198,7 @@ def stream(
 ) -> nn.Module:
     """`attach` for a model that was made `without_experts`: they come from the checkpoint.
 
-    Parameters that transformers read as bare FP8 numbers (`forget_fp8`) get their block scales.
+    Parameters that transformers read as bare numbers, or not at all (`forget_stored`), are dequantised.
 
     Raises:
         KTError: as `attach`; or matrices that are missing, there twice, or of another shape.

@@ -63,8 +63,8 @@ class Run:
 def run(backend_name: str, shape_name: str, shape: MoEShape, seed: int) -> Run:
     """Measures one backend on one shape, against this project's own tight limits."""
     start = time.perf_counter()
-    case = contract.draw_case(shape, TOKENS, seed)
-    decided = plan(KTConfig(kt_backend=backend_name), shape)
+    case = contract.draw_case(shape, TOKENS, seed, TABLE[backend_name].stored)
+    decided = plan(KTConfig(kt_backend=backend_name), shape, case.weights.stored)
     assert decided.backend == backend_name, decided.note
     backend = build(decided, case.weights, shape, case.lora.scaling)
     dtype = torch.float32 if case.weights.nbytes() > _LARGE else torch.float64

@@ -62,10 +62,18 @@ def has_weights(model: str) -> bool:
     return next(Path(model).glob("*.safetensors"), None) is not None
 
 
-def backends_for(shape: MoEShape, to: Console) -> list[str]:
-    """The backends of this host that can compute a layer of this shape; says which kernel ones cannot, and why."""
+def backends_for(shape: MoEShape, to: Console, stored: str | None = None) -> list[str]:
+    """The backends of this host that can compute a layer; says which kernel ones cannot, and why.
+
+    Args:
+        shape: of the layer.
+        to: where to say it.
+        stored: the format of its weights, as `ExpertWeights.stored`; None where they are drawn.
+    """
     found = ["torch"]
     for name in KERNEL_BACKENDS if kt.available() else ():
+        if stored is not None and TABLE[name].stored not in ("", stored):
+            continue
         if why := TABLE[name].why_not(shape):
             to.print(f"{name} left out: {why}", style="yellow", markup=False, highlight=False)
         else:

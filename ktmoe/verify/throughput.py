@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.progress import track
 from rich.table import Table
 
-from ktmoe.backends import build, kt
+from ktmoe.backends import TABLE, build, kt
 from ktmoe.config import KTConfig
 from ktmoe.gate import contract
 from ktmoe.interface import Backend
@@ -29,24 +29,32 @@ from ktmoe.verify import results
 _SHAPE = "DeepSeek-V2-Lite"
 
 
-def measure(names: list[str], case: contract.Case, rounds: int, show: Any = iter) -> dict[str, dict[str, list[float]]]:
-    """Times backends on the same call.
+def measure(
+    names: list[str], shape: MoEShape, tokens: int, rounds: int, show: Any = iter
+) -> dict[str, dict[str, list[float]]]:
+    """Times backends on the same call, each with the weights as it takes them.
 
     Args:
         names: of the backends.
-        case: the layer and the call.
+        shape: of the layer.
+        tokens: of the call.
         rounds: timed calls of each backend, after one that is not.
         show: wraps the rounds, for a progress bar.
 
     Returns:
         By backend: seconds of every `forward` (saving) and `backward`.
     """
-    plans = {name: plan(KTConfig(kt_backend=name), case.shape) for name in names}
-    backends = {n: build(decided, case.weights, case.shape, case.lora.scaling) for n, decided in plans.items()}
+    cases = {s: contract.draw_case(shape, tokens, 0, s) for s in {TABLE[name].stored for name in names}}
+    backends: dict[str, Backend] = {}
+    for name in names:
+        case = cases[TABLE[name].stored]
+        decided = plan(KTConfig(kt_backend=name), shape, case.weights.stored)
+        backends[name] = build(decided, case.weights, shape, case.lora.scaling)
+    call = contract.first_rows(next(iter(cases.values())), tokens)
     times: dict[str, dict[str, list[float]]] = {name: {"forward": [], "backward": []} for name in backends}
     for i in show(range(rounds + 1)):
         for name, backend in backends.items():
-            forward, backward = _once(backend, case)
+            forward, backward = _once(backend, call)
             if i:
                 times[name]["forward"].append(forward)
                 times[name]["backward"].append(backward)
@@ -98,8 +106,7 @@ def main(argv: list[str] | None = None) -> int:
         def show(rounds: Any, name: str = name) -> Any:
             return track(rounds, f"Throughput, {name}", console=console, disable=not console.is_terminal)
 
-        case = contract.first_rows(contract.draw_case(shape, args.tokens, seed=0), args.tokens)
-        times = measure(results.backends_for(shape, console), case, args.rounds, show)
+        times = measure(results.backends_for(shape, console), shape, args.tokens, args.rounds, show)
         console.print(table(name, shape, args.tokens, times))
         runs.append({"shape_name": name, "shape": vars(shape), "seconds": times})
     measured = {name for run in runs for name in run["seconds"]}

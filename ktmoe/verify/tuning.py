@@ -14,11 +14,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
 import ktmoe
-from ktmoe.backends import is_kernel
+from ktmoe.backends import TABLE, is_kernel
 from ktmoe.config import KTConfig
 from ktmoe.experts import MoEExperts
 from ktmoe.gate import contract
 from ktmoe.types import MoEShape
+from ktmoe.verify.stored_model import store_experts
 
 
 MAX_LEN = 64  # tokens per kernel call: half of the batches run in chunks
@@ -64,7 +65,8 @@ class Tuning:
         self.mismatches: list[str] = []
         self._random = torch.Generator().manual_seed(seed)
         self._probe_ids = self._draw(2, 20)
-        self._start(ktmoe.attach(self._make(), self.config, lora=_LORA))
+        self._shape, self._stored = contract.fitting(TABLE[backend], _SHAPE), TABLE[backend].stored
+        self._start(self._load())
 
     def step(self) -> float:
         """Trains on one batch, with gradient checkpointing of both kinds in turn. Returns the loss."""
@@ -116,18 +118,30 @@ class Tuning:
         if new:
             del self.model
             gc.collect()
-            base = self._make()
+            again = self._load()
+        elif self._stored:  # a model from disk cannot be detached
+            again = ktmoe.get_peft_model(self.model.unload(), _LORA)
         else:
-            base = ktmoe.detach(self.model.unload())
-        self._start(ktmoe.attach(base, self.config, lora=_LORA))
+            again = ktmoe.attach(ktmoe.detach(self.model.unload()), self.config, lora=_LORA)
+        self._start(again)
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad:
                 parameter.data.copy_(adapter[name])
         self._compare(f"{'a new' if new else 'the same'} model, attached again", expected)
 
+    def _load(self) -> Any:
+        """A new model with its adapter; from disk where the backend takes experts that are stored in its format."""
+        if not self._stored:
+            return ktmoe.attach(self._make(), self.config, lora=_LORA)
+        base = self.folder / "base"
+        if not base.exists():
+            self._make().save_pretrained(base)
+            store_experts(base, self._stored)
+        return ktmoe.load_model(base, self.config, lora=_LORA)
+
     def _make(self) -> Any:
         torch.manual_seed(self.seed)
-        s = _SHAPE
+        s = self._shape
         config = Qwen3MoeConfig(
             vocab_size=_VOCABULARY,
             hidden_size=s.hidden_size,
@@ -166,7 +180,9 @@ class Probe:
 
     def __init__(self, config: KTConfig, seed: int) -> None:
         """Loads the layer and remembers its answers: of a batch in one kernel call, and of one in chunks."""
-        self._case = contract.draw_case(_SHAPE, 2 * MAX_LEN - 2 * (_SHAPE.num_experts - 1), seed)
+        row = TABLE[config.kt_backend]
+        shape = contract.fitting(row, _SHAPE)
+        self._case = contract.draw_case(shape, 2 * MAX_LEN - 2 * (_SHAPE.num_experts - 1), seed, row.stored)
         scale = self._case.lora.scaling * _SHAPE.rank
         self._experts = MoEExperts(
             self._case.weights, top_k=_SHAPE.top_k, r=_SHAPE.rank, lora_alpha=scale, config=config
@@ -197,6 +213,6 @@ class Probe:
         for tokens in range(1, max(sequences * length for sequences, length in BATCHES) + 1):
             index = torch.full((tokens, _SHAPE.top_k), -1)
             index[:, 0] = 0
-            x = torch.zeros(tokens, _SHAPE.hidden_size, dtype=torch.bfloat16, requires_grad=True)
+            x = torch.zeros(tokens, self._case.shape.hidden_size, dtype=torch.bfloat16, requires_grad=True)
             out = self._experts(x, index, torch.ones(tokens, _SHAPE.top_k))
             torch.autograd.grad(out.sum(), [x, *self._experts.lora.values()])

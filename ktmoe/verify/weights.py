@@ -19,7 +19,7 @@ from ktmoe.backends import TABLE, build, kt
 from ktmoe.checkpoints import Checkpoint
 from ktmoe.config import KTConfig
 from ktmoe.gate import contract
-from ktmoe.models import experts_in, find, forget_fp8, make_skeleton, model_configuration
+from ktmoe.models import experts_in, find, forget_stored, make_skeleton, model_configuration
 from ktmoe.planning import plan
 from ktmoe.types import ExpertWeights, KTError, Lora, MoEShape
 from ktmoe.verify import results
@@ -33,7 +33,7 @@ class Layer:
     """One backend on one layer. Errors of output and input gradient for every expert: [2, E].
 
     Attributes:
-        backend: torch, AMXBF16 or AMXInt8.
+        backend: torch, AMXBF16, AMXInt8 or AMXFP8.
         name: of the layer in the model.
         own: from the backend's own arithmetic.
         exact: from the exact formula; for INT8 the format's distance.
@@ -61,7 +61,9 @@ def measure(backend_name: str, layer_name: str, weights: ExpertWeights, top_k: i
     shape = MoEShape(weights.num_experts, weights.hidden_size, weights.intermediate_size, top_k, 1)
     case = _case(shape, weights, seed)
     rows = len(case.hidden_states)
-    backend = build(plan(KTConfig(kt_backend=backend_name, kt_max_len=rows), shape), weights, shape, 1.0)
+    backend = build(
+        plan(KTConfig(kt_backend=backend_name, kt_max_len=rows), shape, weights.stored), weights, shape, 1.0
+    )
     got = contract.answer(backend, case)
     exact: list[list[float]] = []
     own: list[list[float]] = []
@@ -148,7 +150,7 @@ def layers_of(model: str) -> dict[str, tuple[ExpertWeights, int]]:
         KTError: no weights there, or as `ktmoe.attach`.
     """
     model_config = model_configuration(model, None, {})[0]
-    forget_fp8(model_config)
+    forget_stored(model_config)
     made = make_skeleton(model_config)
     top_k = {name: layer.top_k for name, layer in find(made).items()}
     return {name: (weights, top_k[name]) for name, weights in experts_in(made, Checkpoint(model)).items()}
@@ -169,7 +171,7 @@ def main(argv: list[str] | None = None) -> int:
     found: dict[str, list[Layer]] = {}
     weights = next(iter(layers.values()))[0]
     shape = MoEShape(weights.num_experts, weights.hidden_size, weights.intermediate_size, 1, 1)
-    for backend in results.backends_for(shape, console):
+    for backend in results.backends_for(shape, console, weights.stored):
         steps = track(layers.items(), f"Weights, {backend}", console=console, disable=not console.is_terminal)
         found[backend] = [measure(backend, name, w, k, args.seed) for name, (w, k) in steps]
         console.print(table(found[backend]))

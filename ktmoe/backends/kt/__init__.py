@@ -15,7 +15,7 @@ from ktmoe.backends.kt.packed import (
     fingerprint,
     write_manifest,
 )
-from ktmoe.backends.kt.rows import BF16, INT8
+from ktmoe.backends.kt.rows import BF16, FP8, INT4, INT8
 from ktmoe.backends.kt.sizes import valid_tp
 
 
@@ -23,6 +23,8 @@ __all__ = [
     "BF16",
     "FILES",
     "FORMAT",
+    "FP8",
+    "INT4",
     "INT8",
     "MANIFEST",
     "Int8Files",

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from ktmoe.backends.kt import resting
+from ktmoe.backends.kt.formats import FORMATS
 from ktmoe.cores import cores, numa_nodes, shares
 from ktmoe.types import KTError
 
@@ -33,8 +34,8 @@ def version() -> str:
 _TASKS_LEAK = version() == "0.7.2"
 _free = ctypes.CDLL(None).free
 _free.argtypes, _free.restype = [ctypes.c_void_p], None
+_CLASSES = tuple(f.extension_class for f in FORMATS.values())
 _FORCED = "KT_KERNEL_CPU_VARIANT"  # kt_kernel's own variable; without it, it looks at the CPU
-CLASSES = {"AMXBF16": "AMXBF16_SFT_MOE", "AMXInt8": "AMXInt8_SFT_MOE"}
 
 
 @functools.cache
@@ -50,10 +51,13 @@ def _extension() -> tuple[Any, str]:
         variant = str(kt_kernel.__cpu_variant__)
     except Exception as error:  # a wheel for another CPU or libc fails in many ways: all mean "not here"
         return None, f"kt_kernel cannot be imported ({type(error).__name__}: {error})"
-    missing = [name for name in ("MOESFTConfig", *CLASSES.values()) if not hasattr(extension.moe, name)]
-    if missing:
-        return None, f"kt_kernel's {variant} variant, the one for this CPU, has no {', '.join(missing)}"
+    if not any(hasattr(extension.moe, name) for name in _CLASSES):
+        return None, _lacks(variant, "SFT operators")
     return extension, variant
+
+
+def _lacks(variant: str, what: str) -> str:
+    return f"kt_kernel's {variant} variant, the one for this CPU, has no {what}"
 
 
 def _crashes() -> bool:
@@ -62,8 +66,17 @@ def _crashes() -> bool:
 
 
 def available() -> bool:
-    """Whether this CPU and this installation have the SFT classes."""
+    """Whether this CPU and this installation have SFT classes."""
     return _extension()[0] is not None
+
+
+def why_not(kind: str) -> str:
+    """Why this CPU or this installation cannot compute with a format, "" if it can."""
+    extension, variant = _extension()
+    if extension is None:
+        return f"no SFT kernel on this host: {variant}"
+    name = FORMATS[kind].extension_class
+    return "" if hasattr(extension.moe, name) else _lacks(variant, name)
 
 
 def variant() -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+
 from ktmoe.backends.kt import sizes
 from ktmoe.backends.kt.extension import Host, quiet
 from ktmoe.backends.kt.objects import KernelObject, contiguous, create
@@ -54,7 +56,7 @@ class Int8Files:
         Returns:
             Their folder, to be moved away before the next layer.
         """
-        source = {p: contiguous(getattr(weights, p)) for p in PROJECTIONS}
+        source = {p: contiguous(getattr(weights, p), torch.bfloat16) for p in PROJECTIONS}
         pointers = {p: t.data_ptr() for p, t in source.items()}
         with self._host.lock, quiet():
             again = None

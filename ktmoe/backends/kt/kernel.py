@@ -21,6 +21,7 @@ from torch import Tensor
 from ktmoe.backends.kt import lora, sizes
 from ktmoe.backends.kt.emptying import make_room
 from ktmoe.backends.kt.extension import Host, quiet, version
+from ktmoe.backends.kt.formats import FORMATS, ones
 from ktmoe.backends.kt.objects import KernelObject, contiguous, create
 from ktmoe.backends.kt.packed import PackedLayer
 from ktmoe.backends.kt.staging import staging
@@ -59,7 +60,8 @@ class KernelBackend(Backend):
         """Packs the weights, or loads them packed.
 
         Args:
-            kind: AMXBF16, or AMXInt8 (quantised from the bf16 weights here, or loaded quantised).
+            kind: AMXBF16, AMXInt8 (quantised from the bf16 weights here, or loaded quantised), AMXFP8 or AMXInt4
+                (of weights that are stored so).
             weights: stays the source of the exact recompute of tokens that the kernel cannot do.
             shape: what to build for.
             scaling: alpha / r of the LoRA that is usual; a call with another one is rescaled.
@@ -92,7 +94,7 @@ class KernelBackend(Backend):
         self._made: KernelObject | None = made
         self.scaling = made.scaling  # that an object that was there already was built for; so is its rank
         # K22: also when nobody calls `close`. INT8 with a backward copy of its own is the one that cannot be reloaded.
-        reloadable = share_backward or kind == "AMXBF16"
+        reloadable = share_backward or FORMATS[kind].reloads_own_backward
         idle = self._host.idle[self._key(share_backward)] if reloadable else self._host.condemned
         self._release = weakref.finalize(self, idle.append, made)
         self._release.atexit = False
@@ -113,6 +115,9 @@ class KernelBackend(Backend):
             sources = self._sources(share_backward, held)
             held.enter_context(quiet())
             packed = closest or self._create(share_backward, sources)
+            for projection, scales in zip(PROJECTIONS, packed.scales, strict=False):
+                for mine, theirs in zip(scales, getattr(self.weights, projection).scales, strict=True):
+                    mine.copy_(theirs)
             packed.load([sources[p] for p in PROJECTIONS] if self.reloaded and self._disk is None else None)
             if self.reloaded:
                 idle.remove(packed)
@@ -132,13 +137,16 @@ class KernelBackend(Backend):
             held.enter_context(stage.holding(d))
             sources |= stage.pointers(d)
         if self._disk is None or not share_backward:  # a backward copy of its own is quantised from the transpose
-            tensors = {p: contiguous(getattr(self.weights, p)) for p in PROJECTIONS}
+            stacks = {p: getattr(self.weights, p) for p in PROJECTIONS}
+            kind = FORMATS[self.name]
+            tensors = {p: contiguous(s.matrices if kind.stored else s, kind.dtype) for p, s in stacks.items()}
             held.callback(tensors.clear)
             sources |= {p: t.data_ptr() for p, t in tensors.items()}
         return sources
 
     def _create(self, share_backward: bool, sources: dict[str, Any]) -> KernelObject:
-        return create(self.name, self._host, self.shape, self.max_len, self.scaling, share_backward, sources)
+        shape = replace(self.shape, rank=FORMATS[self.name].rank or self.shape.rank)
+        return create(self.name, self._host, shape, self.max_len, self.scaling, share_backward, sources)
 
     def forward(self, inputs: Inputs, *, save: bool) -> tuple[Tensor, int]:
         """See `Backend.forward`."""
@@ -298,7 +306,6 @@ def _finite_rows(rows: Tensor) -> Tensor:
 @functools.cache
 def _smallest_layer(kind: str, host: Host) -> KernelBackend:
     """A layer whose backward makes the shared backward buffer its own."""
-    i = sizes.GRANULE[kind] * host.tp
-    gate_up = torch.ones(1, i, 64, dtype=torch.bfloat16)
-    weights = ExpertWeights(gate_up, gate_up, gate_up.mT.contiguous())
-    return KernelBackend(kind, weights, MoEShape(1, 64, i, 1, 1), threads=host.threads, tp=host.tp, max_len=32)
+    weights = ones(kind, host.tp)
+    shape = MoEShape(weights.num_experts, weights.hidden_size, weights.intermediate_size, 1, 1)
+    return KernelBackend(kind, weights, shape, threads=host.threads, tp=host.tp, max_len=32)

@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ktmoe.backends.kt.extension import CLASSES, Host
+from ktmoe.backends.kt.extension import Host
+from ktmoe.backends.kt.formats import FORMATS
 from ktmoe.backends.kt.lora import gradient_buffers
 from ktmoe.backends.kt.sizes import packed_bytes
-from ktmoe.types import MoEShape
+from ktmoe.types import PROJECTIONS, MoEShape
 
 
 _LAYER_IDS = itertools.count(1)  # K10: the extension's owner check is global to the process
@@ -35,25 +36,29 @@ _LORA_FIELDS = ("gate_lora_a", "gate_lora_b", "up_lora_a", "up_lora_b", "down_lo
 class KernelObject:
     """A kernel object with weights in its own buffers, and the LoRA tensors that it points to.
 
-    K11: gate_A and up_A are read live at every call, so the tensors live as long as the object.
+    K11: gate_A and up_A are read live at every call, so the tensors live as long as the object. So do block scales:
+    the addresses that it was built with are read again at every load.
     """
 
     moe: Any
     host: Host
     lora: list[Tensor]
+    scales: list[Tensor]  # of gate, up and down, as the source has them; none where it has no scales
     shape: MoEShape
     scaling: float
     max_len: int
     nbytes: int  # of its packed weights
     from_disk: bool
+    stacks: bool  # whether its class ends the process at a second saving forward before a backward (K32)
     empty: bool = True
+    waiting: int = 0  # tokens of a saving forward whose backward has not come
     rows: int = 0  # the most tokens of a call so far: its activations have memory for as many
 
     def load(self, pointers: Sequence[int] | None) -> None:
-        """Packs weights. The caller holds the host's lock, and prepared what an object that loads from disk reads.
+        """Packs weights. The caller holds the host's lock, and prepared `scales`, or what is read from disk.
 
         Args:
-            pointers: to gate, up and down, [E, out, in] bf16; None: what it was built with.
+            pointers: to gate, up and down, [E, out, in] as the format has them; None: what it was built with.
         """
         if pointers is not None:
             with self.host.awake():
@@ -68,14 +73,25 @@ class KernelObject:
     def forward(self, x: Tensor, index: Tensor, weights: Tensor, out: Tensor, save: bool) -> None:
         """Into `out`, from contiguous tensors (K3). The caller holds the host's lock."""
         self.rows = max(self.rows, len(x))
+        if save and self.stacks:
+            self._take_off_waiting()
+        self.waiting = len(x) if save else self.waiting
         length = torch.tensor([len(x)], dtype=torch.int32)  # read when the task runs: alive until its end
         pointers = (index.data_ptr(), weights.data_ptr(), x.data_ptr(), out.data_ptr())
         self.host.run(self.moe.forward_sft_task(length.data_ptr(), self.shape.top_k, *pointers, save))
 
     def backward(self, grad_output: Tensor, grad_x: Tensor, lora: Sequence[Tensor], grad_weights: Tensor) -> None:
         """Of the last saving forward, into the others. The caller holds the host's lock."""
+        self.waiting = 0
         pointers = [t.data_ptr() for t in (grad_output, grad_x, *lora, grad_weights)]
         self.host.run(self.moe.backward_task(*pointers, 0, 0, 0, False, 1.0))
+
+    def _take_off_waiting(self) -> None:
+        """K32: a backward that nobody looks at takes the activations of an abandoned forward off the stack."""
+        if self.waiting:
+            grad, nowhere = torch.zeros(2, self.waiting, self.shape.hidden_size, dtype=torch.bfloat16)
+            weights = torch.empty(self.waiting, self.shape.top_k)
+            self.backward(grad, nowhere, gradient_buffers(self.shape), weights)
 
     def clear(self) -> None:
         """Zeros in all its buffers: weights, LoRA, and the activations of as many tokens as it ever had.
@@ -117,7 +133,7 @@ def create(
     """A kernel object with nothing loaded. The caller holds the host's lock.
 
     Args:
-        kind: AMXBF16 or AMXInt8.
+        kind: one of `FORMATS`.
         host: whose threads it computes with.
         shape: what to build for.
         max_len: tokens per call, a multiple of 32.
@@ -135,26 +151,41 @@ def create(
     c.lora_alpha = float(scaling * shape.rank)
     c.share_backward_bb = share_backward
     fields = dict(zip(_LORA_FIELDS, (t.data_ptr() for t in lora), strict=True))
+    scales = _scales(kind, shape)
+    fields |= {f"{p.removesuffix('_proj')}_scale": t.data_ptr() for p, t in zip(PROJECTIONS, scales, strict=False)}
     for name, value in (_SETTINGS | sources | fields).items():
         setattr(c, name, value)
+    for name, value in FORMATS[kind].quantisation.items():
+        setattr(c.quant_config, name, value)
     nbytes = packed_bytes(kind, shape) * (1 if share_backward else 2)
     with host.awake():
-        made = getattr(moe, CLASSES[kind])(c)
-    return KernelObject(made, host, lora, shape, scaling, max_len, nbytes, from_disk="gate_projs" in sources)
+        made = getattr(moe, FORMATS[kind].extension_class)(c)
+    from_disk, stacks = "gate_projs" in sources, FORMATS[kind].stacks
+    return KernelObject(made, host, lora, scales, shape, scaling, max_len, nbytes, from_disk, stacks)
 
 
-def contiguous(stack: Any) -> Tensor:
-    """[E, ...] bf16, contiguous (K3, K25): the held tensor itself where it is that already.
+def _scales(kind: str, shape: MoEShape) -> list[Tensor]:
+    """Memory for the block scales of gate, up and down: [E, out / rows, in / columns] each."""
+    if (block := FORMATS[kind].scale_block) is None:
+        return []
+    e, h, i = shape.num_experts, shape.hidden_size, shape.intermediate_size
+    sizes = ((e, n // block[0], m // block[1]) for n, m in ((i, h), (i, h), (h, i)))
+    return [torch.ones(size, dtype=FORMATS[kind].scale_dtype) for size in sizes]
+
+
+def contiguous(stack: Any, dtype: torch.dtype) -> Tensor:
+    """[E, ...] of a dtype, contiguous (K3, K25): the held tensor itself where it is that already.
 
     A copy is a mapping of its own. In malloc's heap the holes that the copies leave between the packed layers add up:
     a third of the experts' size in BF16, more in INT8.
     """
     if isinstance(stack, Tensor):
         held = stack.detach()
-        if held.dtype == torch.bfloat16 and held.device.type == "cpu" and held.is_contiguous() and not held.is_neg():
+        if held.dtype == dtype and held.device.type == "cpu" and held.is_contiguous() and not held.is_neg():
             return held
     shape = (len(stack), *stack[0].shape)
-    copy = torch.frombuffer(mmap.mmap(-1, 2 * math.prod(shape)), dtype=torch.bfloat16).view(shape)
+    memory = mmap.mmap(-1, dtype.itemsize * math.prod(shape))
+    copy = torch.frombuffer(memory, dtype=torch.uint8).view(dtype).view(shape)
     for e, matrix in enumerate(stack):
         copy[e].copy_(matrix.detach())
     return copy

@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 from ktmoe.backends.kt import extension, kernel, sizes
+from ktmoe.backends.kt.formats import FORMATS
 from ktmoe.backends.kt.packed import PackedLayer
 from ktmoe.backends.row import Limits, Memory, Plan, Row
 from ktmoe.cores import numa_nodes, usable_cores
@@ -39,10 +40,6 @@ def _refuse_shape(name: str, shape: MoEShape) -> str:
     return ""
 
 
-def _refuse_host() -> str:
-    return "" if extension.available() else f"no SFT kernel on this host: {extension.variant()}"
-
-
 def _largest_tp(name: str, shape: MoEShape) -> int:
     return sizes.valid_tp(name, shape, len(numa_nodes()))
 
@@ -61,11 +58,13 @@ def _row(name: str, required: Limits, expected: Limits, aimed_at: Limits, takes_
         aimed_at,
         describe=lambda: f"kt_kernel ({extension.variant()})",
         refuse_shape=partial(_refuse_shape, name),
-        refuse_host=_refuse_host,
+        refuse_host=partial(extension.why_not, name),
         largest_tp=partial(_largest_tp, name),
         is_kernel=True,
         takes_packed=takes_packed,
         memory=_memory,
+        stored=FORMATS[name].stored,
+        own_backward=FORMATS[name].own_backward,
     )
 
 
@@ -73,3 +72,5 @@ def _row(name: str, required: Limits, expected: Limits, aimed_at: Limits, takes_
 _REQUIRED = Limits(0.02, 0.03, 0.005)
 BF16 = _row("AMXBF16", _REQUIRED, Limits(0.01, 0.015, 0.005), Limits(0.05, 0.10, 0.005))
 INT8 = _row("AMXInt8", _REQUIRED, Limits(0.01, 0.012, 0.005), Limits(0.15, 0.25, 0.01), takes_packed=True)
+FP8 = _row("AMXFP8", _REQUIRED, Limits(0.01, 0.015, 0.005), Limits(0.05, 0.10, 0.005))
+INT4 = _row("AMXInt4", _REQUIRED, Limits(0.02, 0.02, 0.005), Limits(0.05, 0.10, 0.005))

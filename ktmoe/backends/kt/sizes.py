@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from ktmoe.backends.kt.formats import FORMATS
 from ktmoe.types import KTError, MoEShape
 
 
-GRANULE = {"AMXBF16": 32, "AMXInt8": 64}  # K2: H and I / TP must be multiples
 _MAX_RANK = 128  # the largest rank ever checked against a reference
 _MAX_TP = 4  # K17: the merge of five and more parts sums only the first four
 
@@ -13,13 +13,20 @@ _MAX_TP = 4  # K17: the merge of five and more parts sums only the first four
 def packed_bytes(kind: str, shape: MoEShape) -> int:
     """Of one layer's weights, packed once; the backward takes as much again, for each layer or once for all."""
     weights = 3 * shape.num_experts * shape.hidden_size * shape.intermediate_size
-    return weights * (1 if kind == "AMXInt8" else 2)
+    return int(weights * FORMATS[kind].bytes_per_weight)
 
 
 def valid_tp(kind: str, shape: MoEShape, wanted: int) -> int:
     """The largest number of parts up to `wanted` that divides I into granules (K17, K18)."""
-    fits = [t for t in range(1, min(wanted, _MAX_TP) + 1) if shape.intermediate_size % (t * GRANULE[kind]) == 0]
+    fits = [
+        t for t in range(1, min(wanted, _MAX_TP) + 1) if _fits(kind, shape.num_experts, shape.intermediate_size, t)
+    ]
     return max(fits, default=1)
+
+
+def _fits(kind: str, experts: int, size: int, parts: int = 1) -> bool:
+    needed = FORMATS[kind]
+    return size % (parts * needed.granule) == 0 and experts * size % (parts * needed.all_experts) == 0
 
 
 def check_shape(kind: str, shape: MoEShape) -> None:
@@ -28,17 +35,24 @@ def check_shape(kind: str, shape: MoEShape) -> None:
     Raises:
         KTError: names the size, what is needed and the remedy.
     """
-    granule = GRANULE[kind]
+    granule = FORMATS[kind].granule
     for name in ("hidden_size", "intermediate_size"):
         if getattr(shape, name) % granule:
-            other = " AMXBF16 needs multiples of 32 only, and" if kind == "AMXInt8" else ""
+            other = " AMXBF16 needs multiples of 32 only, and" if kind != "AMXBF16" else ""
             raise KTError(
                 f"{name}: the model has {getattr(shape, name)}; kt_backend: {kind} needs a multiple of {granule}."
                 f"{other} kt_backend: torch takes any size."
             )
-    if shape.rank > _MAX_RANK:
+        if not _fits(kind, shape.num_experts, getattr(shape, name)):
+            raise KTError(
+                f"num_experts: the model has {shape.num_experts} of {name} {getattr(shape, name)}; kt_backend: {kind} "
+                f"needs a product of the two that is a multiple of {FORMATS[kind].all_experts}. kt_backend: torch "
+                "takes any size."
+            )
+    largest = FORMATS[kind].rank or _MAX_RANK
+    if shape.rank > largest:
         raise KTError(
-            f"r (lora_rank): got {shape.rank}; kt_backend: {kind} takes 1 to {_MAX_RANK}. Use a smaller rank or "
+            f"r (lora_rank): got {shape.rank}; kt_backend: {kind} takes 1 to {largest}. Use a smaller rank or "
             "kt_backend: torch."
         )
 

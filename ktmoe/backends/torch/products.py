@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ktmoe.backends.torch.buffers import BUFFERS
-from ktmoe.types import ExpertWeights
+from ktmoe.stored import Stored
+from ktmoe.types import ExpertWeights, Stack
 
 
 _BLOCK = 16 * 2**20  # bytes of a matrix that are cast at once: few enough for a cache, many enough for a product
@@ -41,22 +42,22 @@ class FromSource(Products):
     def gate_up(self, e: int, x: Tensor, out: Tensor, add: bool) -> None:
         """See `Products.gate_up`."""
         gate, up = out.chunk(2, 1)
-        _multiply(x, self.weights.gate_proj[e], gate, add)
-        _multiply(x, self.weights.up_proj[e], up, add)
+        _multiply(x, self.weights.gate_proj, e, gate, add)
+        _multiply(x, self.weights.up_proj, e, up, add)
 
     def down(self, e: int, mid: Tensor, out: Tensor, add: bool) -> None:
         """See `Products.down`."""
-        _multiply(mid, self.weights.down_proj[e], out, add)
+        _multiply(mid, self.weights.down_proj, e, out, add)
 
     def down_backward(self, e: int, grad: Tensor, out: Tensor, add: bool) -> None:
         """See `Products.down_backward`."""
-        _multiply_transposed(grad, self.weights.down_proj[e], out, add)
+        _multiply_transposed(grad, self.weights.down_proj, e, out, add)
 
     def gate_up_backward(self, e: int, grad: Tensor, out: Tensor, add: bool) -> None:
         """See `Products.gate_up_backward`."""
         grad_gate, grad_up = grad.chunk(2, 1)
-        _multiply_transposed(grad_gate, self.weights.gate_proj[e], out, add)
-        _multiply_transposed(grad_up, self.weights.up_proj[e], out, add=True)
+        _multiply_transposed(grad_gate, self.weights.gate_proj, e, out, add)
+        _multiply_transposed(grad_up, self.weights.up_proj, e, out, add=True)
 
 
 class Packed(Products):
@@ -121,26 +122,31 @@ def _multiply_packed(x: Tensor, packed: Tensor, out: Tensor, add: bool) -> None:
         out.copy_(torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], ""))
 
 
-def _multiply(x: Tensor, weight: Tensor, out: Tensor, add: bool) -> None:
-    """out (+)= x @ weight.T: [n, in] x [out, in] -> [n, out]."""
-    for rows, block in _blocks(weight, x):
+def _multiply(x: Tensor, stack: Stack, e: int, out: Tensor, add: bool) -> None:
+    """out (+)= x @ stack[e].T: [n, in] x [out, in] -> [n, out]."""
+    for rows, block in _blocks(stack, e, x):
         part = out[:, rows]
         torch.addmm(part, x, block.T, beta=int(add), out=part)
 
 
-def _multiply_transposed(grad: Tensor, weight: Tensor, out: Tensor, add: bool) -> None:
-    """out (+)= grad @ weight: [n, out] x [out, in] -> [n, in]."""
-    for rows, block in _blocks(weight, grad):
+def _multiply_transposed(grad: Tensor, stack: Stack, e: int, out: Tensor, add: bool) -> None:
+    """out (+)= grad @ stack[e]: [n, out] x [out, in] -> [n, in]."""
+    for rows, block in _blocks(stack, e, grad):
         torch.addmm(out, grad[:, rows], block, beta=int(add or rows.start > 0), out=out)
 
 
-def _blocks(weight: Tensor, like: Tensor) -> Iterator[tuple[slice, Tensor]]:
+def _blocks(stack: Stack, e: int, like: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """A matrix [out, in] in the dtype of `like`: whole as it is, or block of rows by block."""
-    if weight.dtype == like.dtype:
-        yield slice(0, len(weight)), weight
-        return
-    most = max(16, _BLOCK // (weight.shape[1] * like.dtype.itemsize))
-    for start in range(0, len(weight), most):
-        rows = slice(start, min(start + most, len(weight)))
-        block = BUFFERS.workspace("weight", (rows.stop - rows.start, weight.shape[1]), like)
-        yield rows, block.copy_(weight[rows])
+    if isinstance(stack, Stored):
+        (size, width), part = stack.shape[1:], lambda start, stop: stack.rows(e, start, stop)
+    else:
+        weight = stack[e]
+        if weight.dtype == like.dtype:
+            yield slice(0, len(weight)), weight
+            return
+        (size, width), part = weight.shape, lambda start, stop: weight[start:stop]
+    most = max(16, _BLOCK // (width * like.dtype.itemsize))
+    for start in range(0, size, most):
+        rows = slice(start, min(start + most, size))
+        block = BUFFERS.workspace("weight", (rows.stop - rows.start, width), like)
+        yield rows, block.copy_(part(rows.start, rows.stop))

@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 from ktmoe_reference import LORA_NAMES
 
+from ktmoe.backends import TABLE
 from ktmoe.config import KTConfig
 from ktmoe.experts import MoEExperts
 from ktmoe.gate import contract
@@ -15,21 +16,22 @@ from ktmoe.verify.probes.trap import SHAPE, drawn, far, load, module, refused, t
 
 @trap(1, "more tokens than the capacity: segfault")
 def _more_tokens_than_the_capacity(name: str) -> list[str]:
-    case = drawn(tokens=90)
+    case = drawn(name, tokens=90)
     return wrong(load(name, case, max_len=32), case)
 
 
-@trap(2, "sizes that are no multiple of 32 or 64: segfault or abort")
+@trap(2, "sizes that are no multiple of 32, 64 or 128: segfault or abort")
 def _sizes_that_do_not_fit(name: str) -> list[str]:
     shape = replace(SHAPE, hidden_size=48 if name == "AMXBF16" else 96)
     config = KTConfig(kt_backend=name, kt_max_len=96)
-    return refused("an odd size", "hidden_size", lambda: MoEExperts(drawn(shape).weights, top_k=2, config=config))
+    weights = contract.draw_case(shape, 1, 0, TABLE[name].stored).weights
+    return refused("an odd size", "hidden_size", lambda: MoEExperts(weights, top_k=2, config=config))
 
 
 @trap(3, "int32 ids, bf16 routing weights, strided input: 80 to 140 % wrong")
 def _other_dtypes_and_strides(name: str) -> list[str]:
     experts, (x, index, weights) = module(name)
-    strided = torch.empty(len(x), 128)[:, ::2].copy_(x.detach())
+    strided = torch.empty(len(x), 2 * x.shape[1])[:, ::2].copy_(x.detach())
     with torch.no_grad():
         expected = experts(x, index, weights.to(torch.bfloat16).float())
         got = experts(strided, index.int().t().contiguous().t(), weights.to(torch.bfloat16))
@@ -45,7 +47,7 @@ def _another_top_k(name: str) -> list[str]:
 
 @trap(5, "ids of 2^31 and more: wrong gradients")
 def _huge_ids(name: str) -> list[str]:
-    case = drawn()
+    case = drawn(name)
     index = case.top_k_index.clone()
     index[index < 0] = 2**32 + 1
     index[::3, 1] = 2**31
@@ -84,7 +86,7 @@ def _without_lora(name: str) -> list[str]:
 
 @trap(15, "a gate activation of -88.5 or less: NaN, and two LoRA gradients lose the token")
 def _extreme_gates(name: str) -> list[str]:
-    case = drawn()
+    case = drawn(name)
     x = case.hidden_states.clone()
     x[3] *= 60
     x[7] *= 3000
@@ -93,7 +95,7 @@ def _extreme_gates(name: str) -> list[str]:
 
 @trap(16, "one token that is NaN: finite LoRA gradients that are wrong")
 def _a_nan_token(name: str) -> list[str]:
-    case = drawn()
+    case = drawn(name)
     x = case.hidden_states.clone()
     x[5, 0] = float("nan")
     bad = replace(case, hidden_states=x)

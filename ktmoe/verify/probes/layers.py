@@ -7,6 +7,7 @@ import gc
 import tempfile
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -16,7 +17,8 @@ from ktmoe.config import KTConfig
 from ktmoe.convert import pack
 from ktmoe.experts import MoEExperts
 from ktmoe.gate import contract
-from ktmoe.types import ExpertWeights
+from ktmoe.stored import Stored
+from ktmoe.types import PROJECTIONS, ExpertWeights
 from ktmoe.validation import make_inputs
 from ktmoe.verify import usage
 from ktmoe.verify.probes.trap import SHAPE, drawn, forward, load, refused, trap, wrong
@@ -24,16 +26,16 @@ from ktmoe.verify.probes.trap import SHAPE, drawn, forward, load, refused, trap,
 
 @trap(17, "five or more parts of tensor parallelism: gradients 46 to 80 % wrong")
 def _many_parts(name: str) -> list[str]:
-    shape = replace(SHAPE, intermediate_size=1280)
-    tp = valid_tp(name, shape, 5)
-    return wrong(load(name, drawn(shape), tp=tp, threads=tp), drawn(shape))
+    case = drawn(name, replace(SHAPE, intermediate_size=1280))
+    tp = valid_tp(name, case.shape, 5)
+    return wrong(load(name, case, tp=tp, threads=tp), case)
 
 
-@trap(18, "parts of tensor parallelism that are no multiple of 32 or 64: segfault")
+@trap(18, "parts of tensor parallelism that are no multiple of 32, 64 or 128: segfault")
 def _odd_parts(name: str) -> list[str]:
-    shape = replace(SHAPE, intermediate_size=192)
-    tp = valid_tp(name, shape, 4)
-    return wrong(load(name, drawn(shape), tp=tp, threads=tp), drawn(shape))
+    case = drawn(name, replace(SHAPE, intermediate_size=192))
+    tp = valid_tp(name, case.shape, 4)
+    return wrong(load(name, case, tp=tp, threads=tp), case)
 
 
 @trap(19, "experts on the GPU: ignored")
@@ -45,19 +47,19 @@ def _gpu_experts(name: str) -> list[str]:
 
 @trap(20, "an expert map: LoRA of other experts")
 def _every_expert_in_its_place(name: str) -> list[str]:
-    case = drawn()
+    case = drawn(name)
     return wrong(load(name, case), case)
 
 
 @trap(21, "LoRA dropout: another mask in every forward, also in evaluation")
 def _dropout(name: str) -> list[str]:
-    case = drawn()
+    case = drawn(name)
     return wrong(load(name, case), case)
 
 
 @trap(22, "destroyed objects: their packed weights leak")
 def _loads_and_closes(name: str) -> list[str]:
-    case = drawn(replace(SHAPE, hidden_size=512, intermediate_size=512))  # 6 MiB
+    case = drawn(name, replace(SHAPE, hidden_size=512, intermediate_size=512))  # 6 MiB
     process, held = psutil.Process(), []
     for i in range(9):
         backend = load(name, case)
@@ -75,7 +77,7 @@ def _loads_and_closes(name: str) -> list[str]:
 def _reload(name: str) -> list[str]:
     found = []
     for seed in (0, 1, 2):
-        case = drawn(replace(SHAPE, rank=7), seed=seed)
+        case = drawn(name, replace(SHAPE, rank=7), seed=seed)
         backend = load(name, case)
         found += wrong(backend, case)
         backend.close()
@@ -84,7 +86,7 @@ def _reload(name: str) -> list[str]:
 
 @trap(24, "a corrupted file of packed weights: loads silently")
 def _packed_weights(name: str) -> list[str]:
-    case = drawn()
+    case = drawn("AMXInt8")
     with tempfile.TemporaryDirectory() as directory:
         (layer,) = pack({"layers.0.experts": case.weights}, Path(directory), "drawn", threads=2)
         found = []
@@ -106,16 +108,22 @@ def _packed_weights(name: str) -> list[str]:
 
 @trap(25, "weights that are not there: segfault")
 def _no_weights(name: str) -> list[str]:
-    gate_up, down = torch.empty(4, 64, 64, device="meta"), torch.empty(4, 64, 64, device="meta")
-    meta = ExpertWeights(gate_up, gate_up, down)
+    held = drawn(name).weights
+    meta = ExpertWeights(*(_nowhere(getattr(held, p)) for p in PROJECTIONS))
     config = KTConfig(kt_backend=name, kt_max_len=96)
     found = refused("weights on the meta device", "meta", lambda: MoEExperts(meta, top_k=2, r=4, config=config))
-    return found + wrong(load(name, drawn()), drawn())
+    return found + wrong(load(name, drawn(name)), drawn(name))
+
+
+def _nowhere(stack: Any) -> Any:
+    if isinstance(stack, Stored):
+        return type(stack)([m.to("meta") for m in stack.matrices], stack.scales)
+    return stack.to("meta")
 
 
 @trap(29, "every task: 100 bytes that are never freed")
 def _many_tasks(name: str) -> list[str]:
-    case = contract.first_rows(drawn(), 1)
+    case = contract.first_rows(drawn(name), 1)
     backend, process, held = load(name, case), psutil.Process(), []
     inputs = make_inputs(
         case.hidden_states, case.top_k_index, case.top_k_weights, case.lora, case.shape, torch.bfloat16

@@ -16,7 +16,7 @@ from ktmoe.verify.probes.trap import SHAPE, differ, drawn, forward, load, module
 
 @trap(8, "two forwards before one backward: the second's gradients")
 def _two_forwards(name: str) -> list[str]:
-    cases = [drawn(), replace(drawn(seed=1), weights=drawn().weights)]
+    cases = [drawn(name), replace(drawn(name, seed=1), weights=drawn(name).weights)]
     backend = load(name, cases[0])
     alone = [forward(backend, c)() for c in cases]
     backwards = [forward(backend, c) for c in cases]
@@ -25,7 +25,7 @@ def _two_forwards(name: str) -> list[str]:
 
 @trap(9, "a cache shared by layers: 127 % wrong")
 def _two_layers(name: str) -> list[str]:
-    cases = [drawn(seed=s) for s in (0, 1)]
+    cases = [drawn(name, seed=s) for s in (0, 1)]
     backends = [load(name, c) for c in cases]
     alone = [forward(b, c)() for b, c in zip(backends, cases, strict=True)]
     backwards = [forward(b, c) for b, c in zip(backends, cases, strict=True)]
@@ -36,23 +36,23 @@ def _two_layers(name: str) -> list[str]:
 def _objects_come_and_go(name: str) -> list[str]:
     found = []
     for seed, rank in enumerate((4, 5, 6)):  # other ranks: new objects
-        case = drawn(replace(SHAPE, rank=rank), seed=seed)
+        case = drawn(name, replace(SHAPE, rank=rank), seed=seed)
         found += wrong(load(name, case), case)
     return found
 
 
 @trap(11, "LoRA edited in place: half of it stale")
 def _edited_lora(name: str) -> list[str]:
-    case = drawn()
+    case = drawn(name)
     backend = load(name, case)
     contract.answer(backend, case)
-    other = replace(case.lora, tensors=dict(drawn(seed=1).lora.tensors))
+    other = replace(case.lora, tensors=dict(drawn(name, seed=1).lora.tensors))
     return wrong(backend, replace(case, lora=other))
 
 
 @trap(12, "default gradient mode: some gradients add up, some stay from earlier calls")
 def _gradients_of_other_calls(name: str) -> list[str]:
-    case = drawn()
+    case = drawn(name)
     backend = load(name, case)
     found = []
     for first in (0, 2, 0):
@@ -81,7 +81,7 @@ def _accumulation(name: str) -> list[str]:
 
 @trap(26, "two callers at once: underflow of the cache, wrong numbers")
 def _two_threads(name: str) -> list[str]:
-    cases = [drawn(), drawn(seed=1), replace(drawn(seed=2), weights=drawn().weights)]
+    cases = [drawn(name), drawn(name, seed=1), replace(drawn(name, seed=2), weights=drawn(name).weights)]
     backends = [load(name, c, threads=t) for c, t in zip(cases[:2], (1, 2), strict=True)]  # with a pool each
     backends.append(backends[0])
     alone = [forward(b, c)() for b, c in zip(backends, cases, strict=True)]
@@ -109,7 +109,7 @@ def _two_threads(name: str) -> list[str]:
 
 @trap(27, "an evaluation between forward and backward: 39 % wrong")
 def _evaluation_between(name: str) -> list[str]:
-    case = drawn()
+    case = drawn(name)
     backend = load(name, case)
     alone = forward(backend, case)()
     backward = forward(backend, case)
@@ -123,7 +123,7 @@ def _evaluation_between(name: str) -> list[str]:
 
 @trap(28, "gradient memory that is used again: rows of idle experts keep what lay there")
 def _used_memory(name: str) -> list[str]:
-    case = drawn()
+    case = drawn(name)
     backend = load(name, case)
     found = []
     for _ in range(4):

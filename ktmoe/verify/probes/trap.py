@@ -44,9 +44,10 @@ def trap(number: int, effect: str) -> Callable[[Callable[[str], list[str]]], Cal
     return register
 
 
-def drawn(shape: MoEShape = SHAPE, tokens: int = 24, seed: int = 0) -> contract.Case:
-    """A drawn layer and a call of it."""
-    return contract.draw_case(shape, tokens, seed)
+def drawn(name: str, shape: MoEShape = SHAPE, tokens: int = 24, seed: int = 0) -> contract.Case:
+    """A drawn layer of sizes and with weights that a backend takes, and a call of it."""
+    row = TABLE[name]
+    return contract.draw_case(contract.fitting(row, shape), tokens, seed, row.stored)
 
 
 def load(name: str, case: contract.Case, **options: Any) -> KernelBackend:
@@ -92,7 +93,7 @@ def tensors(grads: Gradients) -> list[Tensor]:
 
 def module(name: str) -> tuple[MoEExperts, tuple[Tensor, Tensor, Tensor]]:
     """A layer with LoRA that matters, and a call for it: [T, H], [T, K], [T, K]."""
-    case = drawn()
+    case = drawn(name)
     config = KTConfig(kt_backend=name, kt_num_threads=1, kt_max_len=96)
     experts = MoEExperts(case.weights, top_k=2, r=4, lora_alpha=8, config=config)
     for key, parameter in experts.lora.items():
