@@ -1,13 +1,15 @@
 """What takes each guard of docs/kernel.md away. Called in a process that is about to be thrown away."""
 
 import contextlib
+import dataclasses
 import functools
 import itertools
 
 import torch
 
 from ktmoe import autograd, experts, validation
-from ktmoe.backends.kt import extension, kernel, lora, objects, packed
+from ktmoe.backends import TABLE
+from ktmoe.backends.kt import extension, formats, kernel, lora, objects, packed
 from ktmoe.backends.kt import sizes as kernel_sizes
 from ktmoe.backends.kt.extension import Host
 from ktmoe.backends.kt.kernel import KernelBackend
@@ -189,6 +191,23 @@ def task_arguments():
     extension._TASKS_LEAK = False
 
 
+def format_without(**changes):
+    """A requirement of a format forgotten, everywhere that it is looked up."""
+    for name, one in formats.FORMATS.items():
+        formats.FORMATS[name] = dataclasses.replace(one, **changes)
+        TABLE[name] = dataclasses.replace(TABLE[name], own_backward=formats.FORMATS[name].own_backward)
+
+
+def scales_of_reloads():
+    real = kernel.KernelBackend._copy_scales
+
+    def once(self, made):
+        if not self.reloaded:
+            real(self, made)
+
+    KernelBackend._copy_scales = once
+
+
 GUARDS = {
     1: chunks,
     2: sizes,
@@ -219,4 +238,9 @@ GUARDS = {
     27: evaluation_ends_tickets,
     28: cleared_buffers,
     29: task_arguments,
+    30: functools.partial(format_without, own_backward=True),
+    31: functools.partial(format_without, rank=None),
+    32: functools.partial(format_without, stacks=False),
+    33: functools.partial(format_without, all_experts=1),
+    34: scales_of_reloads,
 }

@@ -1,7 +1,7 @@
 """kt_kernel's SFT operators as a backend: the module that knows their traps.
 
 The extension takes raw pointers and checks nothing. Facts about it were measured on kt-kernel 0.7.2 (`docs/kernel.md`
-lists the traps K1 to K29 by number; the numbers in the comments here refer to that list).
+lists the traps K1 to K34 by number; the numbers in the comments here refer to that list).
 """
 
 from __future__ import annotations
@@ -115,15 +115,19 @@ class KernelBackend(Backend):
             sources = self._sources(share_backward, held)
             held.enter_context(quiet())
             packed = closest or self._create(share_backward, sources)
-            for projection, scales in zip(PROJECTIONS, packed.scales, strict=False):
-                for mine, theirs in zip(scales, getattr(self.weights, projection).scales, strict=True):
-                    mine.copy_(theirs)
+            self._copy_scales(packed)
             packed.load([sources[p] for p in PROJECTIONS] if self.reloaded and self._disk is None else None)
             if self.reloaded:
                 idle.remove(packed)
                 if share_backward:
                     self._take_backward_buffer_over()
         return packed
+
+    def _copy_scales(self, made: KernelObject) -> None:
+        """To where the object was built to read them, for this load as for the first (K34)."""
+        for projection, scales in zip(PROJECTIONS, made.scales, strict=False):
+            for mine, theirs in zip(scales, getattr(self.weights, projection).scales, strict=True):
+                mine.copy_(theirs)
 
     def _sources(self, share_backward: bool, held: ExitStack) -> dict[str, Any]:
         """What the kernel loads from: settings that point to memory of one layer, which lives as long as `held`.

@@ -4,8 +4,8 @@ A probe takes the name of a kernel backend and returns what it found wrong, as s
 them in a process of their own; tests/test_guards.py takes each guard away and expects its probe to notice.
 """
 
-from ktmoe.verify.probes import calls, layers, order
+from ktmoe.verify.probes import calls, formats, layers, order
 from ktmoe.verify.probes.trap import TRAPS
 
 
-__all__ = ["TRAPS", "calls", "layers", "order"]
+__all__ = ["TRAPS", "calls", "formats", "layers", "order"]

@@ -1,0 +1,219 @@
+"""Models whose routed experts are released in FP8 or INT4: read, computed, trained and merged as what they mean."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from compressed_tensors.compressors import PackedQuantizationCompressor
+from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+from families import model
+from helpers import relative
+from ktmoe_reference import quantize_int4
+from peft import LoraConfig
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+import ktmoe
+from ktmoe import KTConfig, KTError
+from ktmoe.checkpoints.reader import Checkpoint
+from ktmoe.models import moe_layers
+from ktmoe.verify.stored_model import store_experts
+
+
+OWN = {"fp8": "AMXFP8", "int4": "AMXInt4"}
+SIZES = {  # of DeepSeek-V3: the first layer is dense
+    "hidden_size": 128,
+    "moe_intermediate_size": 128,
+    "intermediate_size": 256,
+    "num_experts_per_tok": 2,
+    "n_routed_experts": 8,
+    "n_group": 2,
+    "topk_group": 1,
+    "routed_scaling_factor": 6.0,  # so that the routed experts decide
+}
+LORA = LoraConfig(r=4, lora_alpha=8, target_modules=["q_a_proj", "o_proj", "gate_proj", "up_proj", "down_proj"])
+IDS = torch.arange(48).remainder(7).view(2, 24) + 1
+every_format = pytest.mark.parametrize("stored", OWN)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """By format: the model as it is released, and beside it (`plain`) what its numbers mean, in bf16."""
+    root = tmp_path_factory.mktemp("models")
+    model("DeepSeek-V3", torch.bfloat16, **SIZES).save_pretrained(root / "bf16")
+    for stored in OWN:
+        store_experts(shutil.copytree(root / "bf16", root / stored), stored)
+        plain = shutil.copytree(root / "bf16", root / f"{stored} plain")
+        tensors, checkpoint = load_file(plain / "model.safetensors"), Checkpoint(root / stored)
+        tensors |= {key: checkpoint.dequantise(key) for key in checkpoint.stored_keys()}
+        assert len(checkpoint.stored_keys()) == 2 * 8 * 3
+        save_file(tensors, plain / "model.safetensors", {"format": "pt"})
+    return root
+
+
+@pytest.fixture
+def folder(folders, stored, tmp_path):
+    return shutil.copytree(folders / stored, tmp_path / "model")
+
+
+def config(backend, **options):
+    return KTConfig(kt_backend=backend, kt_num_threads=1, kt_max_len=64, **options)
+
+
+def backends(stored):
+    return [*("reference", "torch"), pytest.param(OWN[stored], marks=pytest.mark.kernel)]
+
+
+EVERY = [pytest.param(s, *getattr(b, "values", (b,)), marks=getattr(b, "marks", ())) for s in OWN for b in backends(s)]
+
+
+@torch.no_grad()
+def logits(tuned):
+    return tuned(input_ids=IDS).logits.float()
+
+
+@pytest.mark.parametrize(("stored", "backend"), EVERY)
+def test_it_computes_what_transformers_computes_with_the_dequantised_model(folders, stored, backend):
+    expected = logits(AutoModelForCausalLM.from_pretrained(folders / f"{stored} plain", dtype=torch.bfloat16))
+    got = logits(ktmoe.load_model(folders / stored, config(backend), r=4))
+    assert relative(got, expected) < 0.02
+    away = logits(AutoModelForCausalLM.from_pretrained(folders / "bf16", dtype=torch.bfloat16))
+    assert relative(expected, away) > 0.02  # what the format itself does to drawn weights
+
+
+@pytest.mark.parametrize(("stored", "backend"), EVERY)
+def test_training_follows_the_reference(folders, stored, backend):
+    """On the same checkpoint, from the same adapter, twenty steps."""
+
+    def curve(name, path):
+        torch.manual_seed(0)
+        tuned = ktmoe.load_model(path, config(name), lora=LORA)
+        optimizer = torch.optim.AdamW([p for p in tuned.parameters() if p.requires_grad], lr=2e-3)
+        found = []
+        for _ in range(20):
+            loss = tuned(input_ids=IDS, labels=IDS).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            found.append(loss.item())
+        return torch.tensor(found)
+
+    expected = curve("reference", folders / f"{stored} plain")
+    assert expected[-1] < 0.9 * expected[0]
+    assert (curve(backend, folders / stored) - expected).abs().max() < 0.02 * expected[0]
+
+
+@pytest.mark.kernel
+@every_format
+def test_auto_takes_the_checkpoints_own_format(folders, stored, recwarn):
+    """Layers too small to be worth a measurement."""
+    tuned = ktmoe.load_model(folders / stored, KTConfig(), r=4)
+    assert {experts.plan.backend for experts in moe_layers(tuned).values()} == {OWN[stored]}
+
+
+@pytest.mark.parametrize("name", OWN.values())
+def test_a_bf16_model_is_not_quantised_unasked(folders, name):
+    """Before transformers loads anything; on hosts without a kernel too."""
+    with pytest.raises(KTError, match=rf"kt_backend: {name} takes experts that the checkpoint holds in (FP8|INT4)"):
+        ktmoe.load_model(folders / "bf16", config(name), r=4)
+
+
+@every_format
+def test_damaged_scales_are_refused(folder, stored):
+    file, name = folder / "model.safetensors", {"fp8": "_scale_inv", "int4": "_scale"}[stored]
+    tensors = load_file(file)
+    key = next(k for k in tensors if k.endswith(f"experts.3.up_proj.weight{name}"))
+    tensors[key][0, 0] = float("nan")
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(KTError, match="the scales of expert 3 hold NaN or infinite numbers"):
+        ktmoe.load_model(folder, config("torch"), r=4)
+
+
+@pytest.mark.parametrize("stored", ["int4"])
+@pytest.mark.parametrize("change", ["scale missing", "scale of another shape", "words of another type"])
+def test_damaged_int4_files_are_refused(folder, stored, change):
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    key = next(k for k in tensors if k.endswith("experts.3.up_proj.weight_packed"))
+    scale = key.replace("_packed", "_scale")
+    if change == "scale missing":
+        del tensors[scale]
+    elif change == "scale of another shape":
+        tensors[scale] = tensors[scale][:, :-1].contiguous()
+    else:
+        tensors[key] = tensors[key].view(torch.uint8)
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(KTError, match=r"expected I32 and BF16 \(128, (4|16)\), eight numbers to a word"):
+        ktmoe.load_model(folder, config("torch"), r=4)
+
+
+VARIANTS = {
+    "8 bits": ({"num_bits": 8}, {}, "num_bits: 8"),
+    "another group": ({"group_size": 128}, {}, "group_size: 128"),
+    "a scale per channel": ({"strategy": "channel", "group_size": None}, {}, "strategy: channel"),
+    "zero points": ({"symmetric": False}, {}, "symmetric: False"),
+    "another order of columns": ({"actorder": "group"}, {}, "actorder: group"),
+    "floating point": ({"type": "float"}, {}, "type: float"),
+    "quantised inputs": ({}, {"input_activations": {"num_bits": 8}}, "input_activations"),
+}
+
+
+@pytest.mark.parametrize("stored", ["int4"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_other_variants_are_refused_by_name(folder, stored, variant, monkeypatch):
+    weights, group, said = VARIANTS[variant]
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", None)  # nothing is loaded
+    path = folder / "config.json"
+    content = json.loads(path.read_text())
+    held = content["quantization_config"]["config_groups"]["group_0"]
+    held |= {"weights": held["weights"] | weights, **group}
+    path.write_text(json.dumps(content))
+    with pytest.raises(KTError, match=rf"quantised \(compressed-tensors, {said}\); expected .*INT4 in groups of 32"):
+        ktmoe.load_model(folder, config("torch"), r=4)
+
+
+@pytest.mark.parametrize("stored", ["int4"])
+def test_what_the_real_library_writes_is_what_it_reads(folder, stored):
+    """Everywhere: its own numbers in the place of ours in the experts, and in a layer outside of them."""
+    scheme = QuantizationScheme(
+        targets=["Linear"], weights=QuantizationArgs(num_bits=4, strategy="group", group_size=32, symmetric=True)
+    )
+    file = folder / "model.safetensors"
+    tensors, meant, g = load_file(file), {}, torch.Generator().manual_seed(0)
+    for key in [k for k in tensors if k.endswith(("_packed", "o_proj.weight"))]:
+        name = key.removesuffix("_packed")
+        out, width = tensors.pop(key).shape
+        weight = torch.randn(out, width * (8 if key != name else 1), generator=g).mul_(0.1).bfloat16()
+        state = {"weight": weight, "weight_scale": quantize_int4(weight)[1]}
+        compressed = PackedQuantizationCompressor.compress(state, scheme)
+        tensors |= {name.replace("weight", k): v for k, v in compressed.items()}
+        meant[name] = PackedQuantizationCompressor.decompress(compressed, scheme)["weight"]
+    save_file(tensors, file, {"format": "pt"})
+    checkpoint = Checkpoint(folder)
+    assert sorted(checkpoint.stored_keys()) == sorted(meant)
+    assert all(torch.equal(checkpoint.dequantise(key), value.bfloat16()) for key, value in meant.items())
+    tuned = ktmoe.load_model(folder, config("torch"), r=4)
+    held = tuned.state_dict()["model.layers.0.self_attn.o_proj.weight"]
+    assert torch.equal(held, meant["model.layers.0.self_attn.o_proj.weight"].bfloat16())
+
+
+@every_format
+def test_merging_writes_bf16_and_says_so(folders, folder, stored, tmp_path):
+    tuned = ktmoe.load_model(folder, config("reference"), lora=LORA)
+    for name, parameter in tuned.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_().mul_(0.05)
+    expected = logits(tuned)
+    tuned.save_pretrained(tmp_path / "adapter")
+    done = ktmoe.merge_adapter(folder, tmp_path / "adapter", tmp_path / "merged")
+    assert "48 quantised matrices became bf16" in str(done)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.bfloat16)
+    assert not hasattr(merged.config, "quantization_config")
+    assert relative(logits(merged), expected) < 0.03
+
+
+@pytest.mark.kernel
+def test_int4_takes_rank_8_at_most(folders):
+    with pytest.raises(KTError, match=r"lora_rank\): got 16; kt_backend: AMXInt4 takes 1 to 8"):
+        ktmoe.load_model(folders / "int4", config("AMXInt4"), r=16)
