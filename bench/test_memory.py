@@ -2,10 +2,9 @@
 
 1 GB of experts in 30 layers and shards of 200 MB, one shared backward buffer, then a forward and a backward of a few
 tokens with everything else frozen: weights are measured, not the activations that autograd keeps (2.5 MB for a layer
-and 64 tokens). The matrices have the size of DeepSeek-V2-Lite's, 2048 x 1408.
+and 64 tokens). The matrices are 2048 x 1536.
 """
 
-import json
 import subprocess
 import sys
 import time
@@ -13,13 +12,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
-from ktmoe.backends import kt
+from ktmoe.backends import TABLE, kt
+from ktmoe.verify.stored_model import store_experts
 
 
-LIMITS = {"torch": 0.10, "AMXBF16": 1.15, "AMXInt8": 0.70}  # torch without copies of the weights
+# Of the experts in bf16; torch without copies of the weights.
+LIMITS = {"torch": 0.10, "AMXBF16": 1.15, "AMXInt8": 0.70, "AMXFP8": 0.60, "AMXInt4": 0.36}
 CONFIG = Qwen3MoeConfig(
     vocab_size=256,
     hidden_size=2048,
@@ -29,14 +29,13 @@ CONFIG = Qwen3MoeConfig(
     head_dim=32,
     num_experts=2,
     num_experts_per_tok=2,
-    moe_intermediate_size=1408,
+    moe_intermediate_size=1536,
     dtype=torch.bfloat16,
 )
 # In a process of its own, which has trained a small model when it says "ready": what is measured is the large one, not
 # the libraries.
 CHILD = """
 import sys, torch, ktmoe
-from transformers import AutoConfig, AutoModelForCausalLM
 config = ktmoe.KTConfig(kt_backend=sys.argv[1], kt_num_threads=2, kt_max_len=64, kt_share_backward="on",
     kt_torch_packing="off")
 
@@ -46,8 +45,7 @@ def train(model, hidden_size):
     model(inputs_embeds=x).logits.float().sum().backward()
     assert x.grad.isfinite().all()
 
-small = AutoConfig.from_pretrained(sys.argv[2], hidden_size=64, moe_intermediate_size=64, num_hidden_layers=1)
-train(ktmoe.attach(AutoModelForCausalLM.from_config(small, dtype=torch.bfloat16), config, r=8), 64)
+train(ktmoe.load_model(sys.argv[3], config, r=8), 256)
 print("ready", flush=True)
 sys.stdin.readline()
 train(ktmoe.load_model(sys.argv[2], config, r=8), 2048)
@@ -55,35 +53,30 @@ train(ktmoe.load_model(sys.argv[2], config, r=8), 2048)
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    """The folder, and the bytes of its experts."""
-    folder = tmp_path_factory.mktemp("checkpoint")
-    with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(CONFIG)
-    generator = torch.Generator().manual_seed(0)
-    tensors = {}
-    for name, p in skeleton.state_dict().items():
-        value = torch.empty(p.shape, dtype=torch.bfloat16).normal_(0, 0.02, generator=generator)
-        if name.endswith(".gate_up_proj"):
-            for e, (gate, up) in enumerate(one.chunk(2) for one in value):
-                tensors[name.replace("gate_up_proj", f"{e}.gate_proj.weight")] = gate
-                tensors[name.replace("gate_up_proj", f"{e}.up_proj.weight")] = up
-        elif name.endswith(".experts.down_proj"):
-            tensors |= {name.replace("down_proj", f"{e}.down_proj.weight"): one for e, one in enumerate(value)}
-        else:
-            tensors[name] = value
-    index, shard, size, count = {}, {}, 0, 0
-    for i, (key, value) in enumerate(tensors.items()):
-        shard[key] = value.contiguous()
-        size += value.nbytes
-        if size > 200e6 or i == len(tensors) - 1:
-            count += 1
-            save_file(shard, folder / f"model-{count}.safetensors", {"format": "pt"})
-            index |= dict.fromkeys(shard, f"model-{count}.safetensors")
-            shard, size = {}, 0
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
-    CONFIG.save_pretrained(folder)
-    return folder, sum(v.nbytes for k, v in tensors.items() if ".experts." in k)
+def checkpoints(tmp_path_factory):
+    """By format: folders of the large and of a small model, and bytes that the large one's experts have in bf16."""
+    root, made = tmp_path_factory.mktemp("checkpoints"), {}
+    sizes = {"large": {}, "small": {"hidden_size": 256, "moe_intermediate_size": 256, "num_hidden_layers": 1}}
+
+    def get(stored):
+        if stored not in made:
+            folders = [root / f"{stored or 'bf16'} {size}" for size in sizes]
+            for folder, changes in zip(folders, sizes.values(), strict=True):
+                config = Qwen3MoeConfig(**{**CONFIG.to_dict(), **changes})
+                with torch.device("meta"):
+                    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+                model.to_empty(device="cpu")
+                for p in model.parameters():
+                    p.data.normal_(0, 0.02)
+                model.save_pretrained(folder, max_shard_size="200MB")
+                if stored:
+                    store_experts(folder, stored)
+            c = CONFIG
+            experts = 6 * c.num_hidden_layers * c.num_experts * c.hidden_size * c.moe_intermediate_size
+            made[stored] = [*folders, experts]
+        return made[stored]
+
+    return get
 
 
 def anonymous(pid):
@@ -94,11 +87,11 @@ def anonymous(pid):
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory NOT measured: no /proc on this system")
 @pytest.mark.parametrize("name", LIMITS)
-def test_peak_of_anonymous_memory(name, checkpoint, record_property):
+def test_peak_of_anonymous_memory(name, checkpoints, record_property):
     if name != "torch" and not kt.available():
         pytest.skip(f"kernel NOT verified on this host: {kt.variant()}")
-    folder, size = checkpoint
-    command = [sys.executable, "-c", CHILD, name, str(folder)]
+    folder, small, size = checkpoints(TABLE[name].stored)
+    command = [sys.executable, "-c", CHILD, name, str(folder), str(small)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
         assert child.stdout.readline() == "ready\n"
         before = peak = anonymous(child.pid)

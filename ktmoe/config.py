@@ -63,7 +63,8 @@ class KTConfig:
 
     kt_backend: str = _key(
         "auto",
-        "What computes the routed experts: AMXBF16 and AMXInt8 (the kernel), torch, reference, or auto.",
+        "What computes the routed experts: the kernel (AMXBF16, AMXInt8, or as the checkpoint stores them AMXFP8 and "
+        "AMXInt4), torch, reference, or auto.",
         choices=_backends,
     )
     kt_num_threads: int | None = _key(

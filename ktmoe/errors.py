@@ -8,11 +8,11 @@ class KTError(ValueError):
 
     Examples:
         >>> try:
-        ...     ktmoe.KTConfig(kt_backend="AMXBF8")
+        ...     ktmoe.KTConfig(kt_backend="AMXFB16")
         ... except ktmoe.KTError as error:
         ...     print(error)
-        kt_backend: got 'AMXBF8'; expected one of AMXBF16, torch, AMXInt8, reference, auto (upper or lower case). \
-Did you mean AMXBF16?
+        kt_backend: got 'AMXFB16'; expected one of AMXFP8, AMXInt4, AMXBF16, torch, AMXInt8, reference, auto (upper \
+or lower case). Did you mean AMXBF16?
     """
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ktmoe.autograd import run_experts
-from ktmoe.backends import Plan, build, is_kernel
+from ktmoe.backends import TABLE, Plan, build, is_kernel
 from ktmoe.config import KTConfig
 from ktmoe.gate import bf16_bytes, ensure_verified, probe, settle
 from ktmoe.interface import Backend
@@ -132,9 +132,10 @@ class MoEExperts(nn.Module):
             with own_settings():
                 decided = plan(self.config, shape, self.weights.stored)
                 packed = find_packed(decided, self.weights, self.config)  # before the gate, which takes seconds
-                self.plan = ensure_verified(decided, shape, self.config)
+                usual = TABLE[decided.backend].built_for(shape)
+                self.plan = ensure_verified(decided, usual, self.config)
                 backend = build(self.plan, self.weights, shape, scaling, packed if is_kernel(self.plan) else None)
-                if backend.built_for != shape:
+                if is_kernel(self.plan) and backend.built_for != usual:
                     self.plan = ensure_verified(self.plan, backend.built_for, self.config)
                 if is_kernel(self.plan):
                     backend, self.plan = probe(backend, self.plan, self.weights, self.config)
@@ -168,7 +169,8 @@ class MoEExperts(nn.Module):
 
     def run(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, lora: Lora | None) -> Tensor:
         """`forward` with a LoRA that somebody else holds, or none."""
-        backend = self._backend or self.load(lora.rank if lora else _RANK_TO_COME, lora.scaling if lora else 1.0)
+        to_come = TABLE[self.plan.backend].rank or _RANK_TO_COME
+        backend = self._backend or self.load(lora.rank if lora else to_come, lora.scaling if lora else 1.0)
         check_call(hidden_states, top_k_index, top_k_weights, backend.shape)
         if lora is not None:
             check_lora(lora, backend.shape)

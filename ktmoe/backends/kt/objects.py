@@ -17,14 +17,13 @@ from ktmoe.backends.kt.extension import Host
 from ktmoe.backends.kt.formats import FORMATS
 from ktmoe.backends.kt.lora import gradient_buffers
 from ktmoe.backends.kt.sizes import packed_bytes
-from ktmoe.types import PROJECTIONS, MoEShape
+from ktmoe.types import PROJECTIONS, KTError, MoEShape
 
 
 _LAYER_IDS = itertools.count(1)  # K10: the extension's owner check is global to the process
 # The same for every object. The expert map (K20) and the experts on a GPU (K19) are never set.
 _SETTINGS = {
     "lora_dropout": 0.0,  # K21: its masks differ between forward and recompute, and apply in evaluation
-    "max_cache_depth": 1,  # K8
     "share_cache_pool": False,  # K9
     "authoritative_optimizer_grads": True,  # K12: every gradient is overwritten, inactive experts with zero
 }
@@ -49,9 +48,10 @@ class KernelObject:
     max_len: int
     nbytes: int  # of its packed weights
     from_disk: bool
-    stacks: bool  # whether its class ends the process at a second saving forward before a backward (K32)
+    cache_depth: int
     empty: bool = True
     waiting: int = 0  # tokens of a saving forward whose backward has not come
+    lost: int = 0  # calls that were interrupted: what they saved may lie in the cache for ever
     rows: int = 0  # the most tokens of a call so far: its activations have memory for as many
 
     def load(self, pointers: Sequence[int] | None) -> None:
@@ -73,21 +73,29 @@ class KernelObject:
     def forward(self, x: Tensor, index: Tensor, weights: Tensor, out: Tensor, save: bool) -> None:
         """Into `out`, from contiguous tensors (K3). The caller holds the host's lock."""
         self.rows = max(self.rows, len(x))
-        if save and self.stacks:
+        if save and self.cache_depth > 1:
             self._take_off_waiting()
-        self.waiting = len(x) if save else self.waiting
         length = torch.tensor([len(x)], dtype=torch.int32)  # read when the task runs: alive until its end
         pointers = (index.data_ptr(), weights.data_ptr(), x.data_ptr(), out.data_ptr())
-        self.host.run(self.moe.forward_sft_task(length.data_ptr(), self.shape.top_k, *pointers, save))
+        self._run(self.moe.forward_sft_task(length.data_ptr(), self.shape.top_k, *pointers, save))
+        self.waiting = len(x) if save else self.waiting
 
     def backward(self, grad_output: Tensor, grad_x: Tensor, lora: Sequence[Tensor], grad_weights: Tensor) -> None:
         """Of the last saving forward, into the others. The caller holds the host's lock."""
         self.waiting = 0
         pointers = [t.data_ptr() for t in (grad_output, grad_x, *lora, grad_weights)]
-        self.host.run(self.moe.backward_task(*pointers, 0, 0, 0, False, 1.0))
+        self._run(self.moe.backward_task(*pointers, 0, 0, 0, False, 1.0))
+
+    def _run(self, task: tuple[int, int]) -> None:
+        """Ctrl-C may come before the task or after it, and nobody can tell."""
+        self.lost += 1
+        self.host.run(task)
+        self.lost -= 1
 
     def _take_off_waiting(self) -> None:
-        """K32: a backward that nobody looks at takes the activations of an abandoned forward off the stack."""
+        """K32: a backward that nobody looks at takes the activations of an abandoned forward off the cache."""
+        if self.lost > self.cache_depth - 4:
+            raise KTError(f"The routed experts were interrupted {self.lost} times. Start a new process.")
         if self.waiting:
             grad, nowhere = torch.zeros(2, self.waiting, self.shape.hidden_size, dtype=torch.bfloat16)
             weights = torch.empty(self.waiting, self.shape.top_k)
@@ -150,6 +158,7 @@ def create(
     c.lora_rank = shape.rank
     c.lora_alpha = float(scaling * shape.rank)
     c.share_backward_bb = share_backward
+    c.max_cache_depth = FORMATS[kind].cache_depth  # K8, K32
     fields = dict(zip(_LORA_FIELDS, (t.data_ptr() for t in lora), strict=True))
     scales = _scales(kind, shape)
     fields |= {f"{p.removesuffix('_proj')}_scale": t.data_ptr() for p, t in zip(PROJECTIONS, scales, strict=False)}
@@ -160,8 +169,8 @@ def create(
     nbytes = packed_bytes(kind, shape) * (1 if share_backward else 2)
     with host.awake():
         made = getattr(moe, FORMATS[kind].extension_class)(c)
-    from_disk, stacks = "gate_projs" in sources, FORMATS[kind].stacks
-    return KernelObject(made, host, lora, scales, shape, scaling, max_len, nbytes, from_disk, stacks)
+    from_disk, depth = "gate_projs" in sources, FORMATS[kind].cache_depth
+    return KernelObject(made, host, lora, scales, shape, scaling, max_len, nbytes, from_disk, depth)
 
 
 def _scales(kind: str, shape: MoEShape) -> list[Tensor]:

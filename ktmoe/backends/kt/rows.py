@@ -65,6 +65,7 @@ def _row(name: str, required: Limits, expected: Limits, aimed_at: Limits, takes_
         memory=_memory,
         stored=FORMATS[name].stored,
         own_backward=FORMATS[name].own_backward,
+        rank=FORMATS[name].rank,
     )
 
 
@@ -73,4 +74,5 @@ _REQUIRED = Limits(0.02, 0.03, 0.005)
 BF16 = _row("AMXBF16", _REQUIRED, Limits(0.01, 0.015, 0.005), Limits(0.05, 0.10, 0.005))
 INT8 = _row("AMXInt8", _REQUIRED, Limits(0.01, 0.012, 0.005), Limits(0.15, 0.25, 0.01), takes_packed=True)
 FP8 = _row("AMXFP8", _REQUIRED, Limits(0.01, 0.015, 0.005), Limits(0.05, 0.10, 0.005))
-INT4 = _row("AMXInt4", _REQUIRED, Limits(0.02, 0.02, 0.005), Limits(0.05, 0.10, 0.005))
+# Its sums are rounded more coarsely (1.1 % of the output), which shows in projections of few numbers.
+INT4 = _row("AMXInt4", Limits(0.02, 0.03, 0.01), Limits(0.02, 0.02, 0.01), Limits(0.05, 0.10, 0.01))
