@@ -53,6 +53,7 @@ CONTRACT = [
         "retained",
         "real_weights",
         "real_model",
+        "sweeps",
     )
 ]
 
@@ -117,7 +118,7 @@ def accuracy(session: nox.Session) -> None:
     Arguments after `--` go to the tables' command; --allow-unverified succeeds where there is no kernel.
     """
     install_tested_set(session, "tests")
-    session.run("python", "-m", "pytest", "-m", "slow or not slow", *CONTRACT, env=ENV)
+    session.run("python", "-m", "pytest", *PARALLEL, "-m", "slow or not slow", *CONTRACT, env=ENV)
     session.run("python", "-m", "ktmoe.verify.traps", *_allowance(session), env=ENV)
     session.run("python", "-m", "ktmoe.verify.accuracy", *session.posargs, env=ENV)
     real = str(session.run("python", "tests/real_model.py", silent=True, env=ENV)).strip()

@@ -7,6 +7,7 @@ import textwrap
 
 import pytest
 from amx_emulation import build
+from helpers import KERNELS
 
 
 NATIVE = "amx_tile" in build.cpu_flags()
@@ -81,7 +82,7 @@ CONTRACT = """
 
 
 @pytest.mark.kernel
-@pytest.mark.parametrize("name", ["AMXBF16", "AMXInt8"])
+@pytest.mark.parametrize("name", KERNELS)
 def test_the_amx_binary_holds_the_contract(built, name):
     library, _ = built
     *report, emulated = run([sys.executable, "-c", textwrap.dedent(CONTRACT), name], library)

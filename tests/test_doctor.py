@@ -147,16 +147,16 @@ def test_llamafactory(have):
 def test_kernel(have, monkeypatch):
     monkeypatch.delenv("KT_KERNEL_CPU_VARIANT", raising=False)
     have()
-    assert probe.kernel(True, "amx").what.endswith("variant amx: AMXBF16, AMXInt8")
-    assert probe.kernel(True, "amx").status is OK
-    assert probe.kernel(False, "this CPU cannot").what == "this CPU cannot; the torch backend runs the experts"
+    assert probe.kernel(["AMXBF16", "AMXFP8"], "amx").what.endswith("variant amx: AMXBF16, AMXFP8")
+    assert probe.kernel(["AMXBF16"], "amx").status is OK
+    assert probe.kernel([], "this CPU cannot").what == "this CPU cannot; the torch backend runs the experts"
     monkeypatch.setenv("KT_KERNEL_CPU_VARIANT", "avx2")
-    assert probe.kernel(False, "no classes").remedy == "unset KT_KERNEL_CPU_VARIANT"
+    assert probe.kernel([], "no classes").remedy == "unset KT_KERNEL_CPU_VARIANT"
     have(kt_kernel="0.7.3")
     monkeypatch.delenv("KT_KERNEL_CPU_VARIANT")
-    assert "not the tested version" in probe.kernel(True, "amx").what
+    assert "not the tested version" in probe.kernel(["AMXBF16"], "amx").what
     have(kt_kernel="")
-    remedy = probe.kernel(False, "cannot be imported").remedy
+    remedy = probe.kernel([], "cannot be imported").remedy
     assert remedy == f"pip install --no-deps kt-kernel=={VERSIONS['kt-kernel']}"
 
 

@@ -11,6 +11,8 @@ from ktmoe.verify.probes import TRAPS
 # INT8 does not read the expert map when it quantises by itself. K30 to K34 are of single formats.
 HARMLESS = {(20, "AMXInt8")}
 HARMLESS |= {(number, name) for number in (30, 34) for name in ("AMXBF16", "AMXInt8")}
+# INT4 has a class of its own making: with both of these CPUs' variants it does not have those traps.
+HARMLESS |= {(number, "AMXInt4") for number in (5, 9, 10, 14, 16, 21, 23, 30)}
 HARMLESS |= {(number, name) for number in (31, 32, 33) for name in KERNELS if name != "AMXInt4"}
 
 

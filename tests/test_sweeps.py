@@ -3,7 +3,7 @@
 import dataclasses
 
 import pytest
-from helpers import KERNEL_BACKENDS, SMALL, draw, limits, run_python
+from helpers import BF16_KERNELS, KERNEL_BACKENDS, SMALL, draw, limits, run_python
 
 from ktmoe.backends.kt import emptying
 from ktmoe.backends.kt import kernel as module
@@ -35,8 +35,8 @@ def test_smaller_ranks_shorter_calls_and_other_scales_use_what_is_there(name, cr
         assert len([args for args in created if args[2].top_k > 1]) == 1  # the other one takes a buffer over (K23)
 
 
-# Two layers (75 MB each in bf16, and more of the smaller formats: less than 64 MiB are left where they are), built anew with another of everything that an object is built for. Prints by how
-# many MB memory has grown since the first.
+# Two layers of 75 MB, the smaller formats' of more experts (less than 64 MiB that are idle stay where they are), built
+# anew with another of everything that an object is built for. Prints by how many MB memory has grown since the first.
 SWEEP = """
     import dataclasses, warnings
     from pathlib import Path
@@ -73,7 +73,10 @@ SWEEP = """
 """
 
 
-@pytest.mark.parametrize("name", KERNEL_BACKENDS)
+@pytest.mark.parametrize(
+    "name",
+    [*BF16_KERNELS, *(pytest.param(n, marks=[pytest.mark.kernel, pytest.mark.slow]) for n in ("AMXFP8", "AMXInt4"))],
+)
 def test_a_sweep_over_anything_ends_with_the_memory_of_one_model(name):
     done = run_python(SWEEP.replace("NAME", repr(name)))
     assert done.returncode == 0, done.stderr[-2000:]

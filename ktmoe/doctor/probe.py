@@ -18,10 +18,11 @@ from ktmoe.tested import VERSIONS
 _PATIENCE = 60  # seconds
 _SOURCE = """
 import json, torch
-from ktmoe.backends import kt
+from ktmoe.backends import TABLE, kt
 gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
 print(json.dumps({
-    "kernel": kt.available(), "variant": kt.variant(), "cuda": torch.version.cuda,
+    "kernels": [name for name, row in TABLE.items() if row.is_kernel and not row.refuse_host()],
+    "variant": kt.variant(), "cuda": torch.version.cuda,
     "gpus": [f"{g.name}, {g.total_memory / 2**30:.0f} GiB" for g in gpus],
 }))
 """
@@ -49,11 +50,11 @@ class Probe:
             remedy = f"pip install --force-reinstall torch=={VERSIONS['torch']}"
             return [Finding("import", f"torch and ktmoe cannot be imported: {why}", Status.PROBLEM, remedy)]
         told = json.loads(out.strip().splitlines()[-1])
-        return [kernel(told["kernel"], told["variant"]), gpu(told["gpus"], told["cuda"])]
+        return [kernel(told["kernels"], told["variant"]), gpu(told["gpus"], told["cuda"])]
 
 
-def kernel(available: bool, variant: str) -> Finding:
-    """The kernel's finding, from what the process has said."""
+def kernel(available: list[str], variant: str) -> Finding:
+    """The kernel's finding, from what the process has said: the backends that this CPU can run, and its variant."""
     found, tested, forced = installed("kt-kernel"), VERSIONS["kt-kernel"], os.environ.get(_VARIANT)
     if not found:
         remedy = f"pip install --no-deps kt-kernel=={tested}"
@@ -66,7 +67,7 @@ def kernel(available: bool, variant: str) -> Finding:
     if found != tested:
         what = f"kt-kernel {found}, variant {variant}: not the tested version"
         return Finding("kernel", what, Status.NOTE, f"pip install --no-deps kt-kernel=={tested}")
-    return Finding("kernel", f"kt-kernel {found}, variant {variant}: AMXBF16, AMXInt8")
+    return Finding("kernel", f"kt-kernel {found}, variant {variant}: {', '.join(available)}")
 
 
 def gpu(names: list[str], cuda: str | None) -> Finding:

@@ -33,7 +33,7 @@ class Layer:
     """One backend on one layer. Errors of output and input gradient for every expert: [2, E].
 
     Attributes:
-        backend: torch, AMXBF16, AMXInt8 or AMXFP8.
+        backend: torch, or one of the kernel's.
         name: of the layer in the model.
         own: from the backend's own arithmetic.
         exact: from the exact formula; for INT8 the format's distance.

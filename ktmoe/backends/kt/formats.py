@@ -65,7 +65,7 @@ FORMATS = {
         128,
         0.5625,  # a scale of two bytes for each group of 32
         stored="int4",
-        own_backward=False,  # K30
+        own_backward=False,  # it would hold the same
         quantisation={"quant_method": "rawint4", "bits": 4, "group_size": 32, "zero_point": False},
         dtype=torch.uint8,
         scale_block=(1, 32),

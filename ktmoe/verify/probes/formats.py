@@ -11,7 +11,7 @@ from ktmoe.gate import contract
 from ktmoe.verify.probes.trap import SHAPE, drawn, forward, load, refused, trap, wrong
 
 
-@trap(30, "FP8 and INT4, a layer's own backward weights: no object is made")
+@trap(30, "FP8, a layer's own backward weights: no object is made")
 def _own_backward_weights(name: str) -> list[str]:
     case = drawn(name)
     config = KTConfig(kt_backend=name, kt_share_backward="off", kt_max_len=96)
