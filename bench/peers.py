@@ -49,7 +49,7 @@ def contestant(name: str, case: Case, threads: int) -> Contestant:
     """Builds it from a case's weights and LoRA.
 
     Args:
-        name: torch, AMXBF16, AMXInt8, eager or grouped_mm.
+        name: a backend, eager or grouped_mm.
         case: the layer.
         threads: of the kernel.
     """

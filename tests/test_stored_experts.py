@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 import ktmoe
 from ktmoe import KTConfig, KTError
 from ktmoe.checkpoints.reader import Checkpoint
-from ktmoe.models import moe_layers
+from ktmoe.models import moe_layers, summary
 from ktmoe.verify.stored_model import store_experts
 
 
@@ -109,6 +109,7 @@ def test_training_follows_the_reference(folders, stored, backend):
 def test_auto_takes_the_checkpoints_own_format(folders, stored, recwarn):
     """Layers too small to be worth a measurement."""
     tuned = ktmoe.load_model(folders / stored, KTConfig(), r=4)
+    assert f" GB of {stored.upper()} weights in host memory" in summary(tuned)[1]
     assert {experts.plan.backend for experts in moe_layers(tuned).values()} == {OWN[stored]}
 
 

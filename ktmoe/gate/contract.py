@@ -275,7 +275,7 @@ def first_rows(case: Case, tokens: int) -> Case:
 
 
 def baseline(name: str, case: Case, expected: tuple[Tensor, Gradients]) -> list[Measurement] | None:
-    """The rows of a plain torch computation in a backend's precision: bf16, or None for INT8, which torch has not."""
+    """The rows of a plain torch computation in a backend's precision: bf16, or None for those that torch has not."""
     if name not in ("AMXBF16", "AMXFP8"):
         return None
     return measure(case, specification(case, torch.bfloat16), expected)

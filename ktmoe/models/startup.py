@@ -28,6 +28,7 @@ def summary(model: nn.Module) -> list[str]:
     fallen = [m for m in layers if m.plan.backend != first.plan.backend]
     others_too = f"; {len(fallen)} layers on {fallen[0].plan.backend}" if fallen else ""
     size = sum(m.weights.nbytes() for m in layers) / 1e9
+    held = first.weights.stored.upper() or first.weights.dtype
     rest = {p.device.type for n, p in model.named_parameters() if ".experts." not in n}
     expert_ids = {id(p) for m in model.modules() if isinstance(m, (MoEExperts, LoraExperts)) for p in m.parameters()}
     trainable = [p for p in model.parameters() if p.requires_grad]
@@ -35,8 +36,8 @@ def summary(model: nn.Module) -> list[str]:
     others = sum(p.numel() for p in trainable) - of_experts
     return [
         f"ktmoe: routed experts on {first.plan.backend}: {where}{others_too}",
-        f"ktmoe: {len(layers)} MoE layers x {first.num_experts} experts, {size:.3g} GB of {first.weights.dtype} "
-        f"weights in host memory; everything else on {', '.join(sorted(rest)) or 'cpu'}",
+        f"ktmoe: {len(layers)} MoE layers x {first.num_experts} experts, {size:.3g} GB of {held} weights in host "
+        f"memory; everything else on {', '.join(sorted(rest)) or 'cpu'}",
         f"ktmoe: trainable parameters: {of_experts:,} in expert LoRA, {others:,} elsewhere",
         _activation(layers, 4 * of_experts),
         *_slow_dtype(model),

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 
-_EXPERT = re.compile(r"\.experts\.\d+\.\w+_proj\.weight$")
+_EXPERT = re.compile(r"\.experts\.\d+\.\w+\.weight$")
 _WEIGHTS = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32, "symmetric": True}
 _SAID = {
     "fp8": {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]},
