@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
@@ -215,23 +216,39 @@ def merge(
     run(lambda: typer.echo(str(merge_adapter(model, adapter, out))))
 
 
+class Format(str, Enum):
+    """Of `ktmoe quantize`."""
+
+    INT8 = "int8"
+    INT4 = "int4"
+
+
 @app.command()
 def quantize(
     model: Annotated[str, typer.Argument(help="A folder with safetensors, or a hub name.")],
-    out: Annotated[Path, typer.Argument(help="Folder for the packed weights: about half the size of bf16.")],
+    out: Annotated[Path, typer.Argument(help="Folder for the packed weights (int8), or for the whole model (int4).")],
+    format: Annotated[Format, typer.Option(help="int8: files for kt_weight_path; int4: a checkpoint.")] = Format.INT8,
     tp: Annotated[int, typer.Option(min=1, max=4, help="Parts of tensor parallelism, as kt_tp_enabled makes.")] = 1,
     threads: Annotated[
         Optional[int],  # noqa: UP045
         typer.Option(min=1, help="Threads of the kernel. Default: the physical cores."),
     ] = None,
 ) -> None:
-    """Pack MODEL's routed experts into INT8 files in OUT, for kt_backend: AMXInt8 and kt_weight_path: OUT.
+    """Quantise MODEL's routed experts.
 
-    Run it again after it was stopped, or to mend damaged files: layers that are whole are not made again.
+    int8: packed files in OUT, about half the size of bf16, for kt_backend: AMXInt8 and kt_weight_path: OUT. Run it
+    again after it was stopped, or to mend damaged files: layers that are whole are not made again.
+
+    int4: a checkpoint in OUT in compressed-tensors' format, for model_name_or_path: OUT and kt_backend: AMXInt4 or
+    torch. Each number is rounded to the nearest of 16 in its group of 32, which moves a model further than int8 does.
     """
-    from ktmoe.convert import quantize_model
+    from ktmoe.convert import quantize_int4_model, quantize_model
 
     def command() -> None:
+        if format is Format.INT4:
+            typer.echo(f"ktmoe: {quantize_int4_model(model, out)}. To train with them:")
+            typer.echo(f"model_name_or_path: {out}")
+            return
         layers = quantize_model(model, out, tp, threads)
         size = sum(layer.size for layer in layers)
         typer.echo(f"ktmoe: {len(layers)} layers, {size / 1e9:.3g} GB. To train with them:")

@@ -13,10 +13,13 @@ from ktmoe_reference import quantize_int4
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
 
 import ktmoe
 from ktmoe import KTConfig, KTError
 from ktmoe.checkpoints.reader import Checkpoint
+from ktmoe.cli import app
+from ktmoe.convert import quantize_int4_model
 from ktmoe.models import moe_layers, summary
 from ktmoe.verify.stored_model import store_experts
 
@@ -34,6 +37,9 @@ SIZES = {  # of DeepSeek-V3: the first layer is dense
 }
 LORA = LoraConfig(r=4, lora_alpha=8, target_modules=["q_a_proj", "o_proj", "gate_proj", "up_proj", "down_proj"])
 IDS = torch.arange(48).remainder(7).view(2, 24) + 1
+SCHEME = QuantizationScheme(
+    targets=["Linear"], weights=QuantizationArgs(num_bits=4, strategy="group", group_size=32, symmetric=True)
+)
 every_format = pytest.mark.parametrize("stored", OWN)
 
 
@@ -177,9 +183,6 @@ def test_other_variants_are_refused_by_name(folder, stored, variant, monkeypatch
 @pytest.mark.parametrize("stored", ["int4"])
 def test_what_the_real_library_writes_is_what_it_reads(folder, stored):
     """Everywhere: its own numbers in the place of ours in the experts, and in a layer outside of them."""
-    scheme = QuantizationScheme(
-        targets=["Linear"], weights=QuantizationArgs(num_bits=4, strategy="group", group_size=32, symmetric=True)
-    )
     file = folder / "model.safetensors"
     tensors, meant, g = load_file(file), {}, torch.Generator().manual_seed(0)
     for key in [k for k in tensors if k.endswith(("_packed", "o_proj.weight"))]:
@@ -187,9 +190,9 @@ def test_what_the_real_library_writes_is_what_it_reads(folder, stored):
         out, width = tensors.pop(key).shape
         weight = torch.randn(out, width * (8 if key != name else 1), generator=g).mul_(0.1).bfloat16()
         state = {"weight": weight, "weight_scale": quantize_int4(weight)[1]}
-        compressed = PackedQuantizationCompressor.compress(state, scheme)
+        compressed = PackedQuantizationCompressor.compress(state, SCHEME)
         tensors |= {name.replace("weight", k): v for k, v in compressed.items()}
-        meant[name] = PackedQuantizationCompressor.decompress(compressed, scheme)["weight"]
+        meant[name] = PackedQuantizationCompressor.decompress(compressed, SCHEME)["weight"]
     save_file(tensors, file, {"format": "pt"})
     checkpoint = Checkpoint(folder)
     assert sorted(checkpoint.stored_keys()) == sorted(meant)
@@ -212,6 +215,33 @@ def test_merging_writes_bf16_and_says_so(folders, folder, stored, tmp_path):
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.bfloat16)
     assert not hasattr(merged.config, "quantization_config")
     assert relative(logits(merged), expected) < 0.03
+
+
+def test_any_model_is_quantised_to_int4(folders, tmp_path):
+    """Into what the real library reads, and what is trained as any INT4 checkpoint."""
+    made = CliRunner().invoke(app, ["quantize", str(folders / "bf16"), str(tmp_path / "out"), "--format", "int4"])
+    assert made.exit_code == 0, made.output
+    assert "48 matrices of 2 layers in INT4" in made.stdout
+    checkpoint, before = Checkpoint(tmp_path / "out"), load_file(folders / "bf16" / "model.safetensors")
+    assert len(checkpoint.stored_keys()) == 48
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    for key, tensor in before.items():
+        if key not in checkpoint.stored_keys():
+            assert torch.equal(written[key], tensor)
+            continue
+        state = {f"weight_{part}": written[f"{key}_{part}"] for part in ("packed", "scale", "shape")}
+        theirs = PackedQuantizationCompressor.decompress(state, SCHEME)["weight"].float()
+        assert torch.equal(checkpoint.dequantise(key).float(), theirs.bfloat16().float())
+        assert relative(theirs, tensor.float()) < 0.12  # what rounding to 16 numbers does
+    expected = logits(ktmoe.load_model(folders / "int4", config("reference"), r=4))
+    assert torch.equal(logits(ktmoe.load_model(tmp_path / "out", config("reference"), r=4)), expected)
+
+
+@every_format
+def test_what_is_quantised_is_not_quantised_again(folders, stored, tmp_path):
+    with pytest.raises(KTError, match="quantised already"):
+        quantize_int4_model(folders / stored, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.kernel

@@ -87,12 +87,13 @@ def merge_adapter(
     checkpoint = Checkpoint(
         model_path, adapter_beside=os.path.realpath(model_path) == os.path.realpath(adapter_path), **hub
     )
-    _complete(checkpoint, hub)
+    complete(checkpoint, hub)
     names, adapter, model = fit(str(checkpoint.source.folder), str(adapter_path), adapter_hub)
     tensors = plan(Source(checkpoint), names, adapter, model)
-    out.check(names_written(checkpoint), size_written(checkpoint, tensors))
+    written = {key: {key: tensor} for key, tensor in tensors.items()}
+    out.check(names_written(checkpoint), size_written(checkpoint, written))
     with out.written() as part:
-        write_all(part, checkpoint, tensors)
+        write_all(part, checkpoint, written, "Merging")
         if finish is not None:
             finish(part)
     counts: dict[str, int] = {}
@@ -112,7 +113,7 @@ def _hub(argument: str, given: Mapping[str, Any] | None) -> dict[str, Any]:
     return {k: v for k, v in (given or {}).items() if v is not None}
 
 
-def _complete(checkpoint: Checkpoint, hub: Mapping[str, Any]) -> None:
+def complete(checkpoint: Checkpoint, hub: Mapping[str, Any]) -> None:
     """Downloads what lies beside the weights, where the model is on the hub.
 
     Raises:

@@ -27,27 +27,39 @@ def names_written(checkpoint: Checkpoint) -> list[str]:
     return [*(_name(file, checkpoint) for file in checkpoint.files()), *index, *(f.name for f in _beside(checkpoint))]
 
 
-def size_written(checkpoint: Checkpoint, tensors: Mapping[str, OutputTensor]) -> int:
+def size_written(checkpoint: Checkpoint, tensors: Mapping[str, Mapping[str, OutputTensor]]) -> int:
     """Bytes of the output, without what headers and index take."""
-    return sum(t.nbytes for t in tensors.values()) + sum(f.stat().st_size for f in _beside(checkpoint))
+    return _size(tensors) + sum(f.stat().st_size for f in _beside(checkpoint))
 
 
-def write_all(part: Path, checkpoint: Checkpoint, tensors: Mapping[str, OutputTensor]) -> None:
+def _size(tensors: Mapping[str, Mapping[str, OutputTensor]]) -> int:
+    return sum(t.nbytes for found in tensors.values() for t in found.values())
+
+
+def write_all(
+    part: Path,
+    checkpoint: Checkpoint,
+    tensors: Mapping[str, Mapping[str, OutputTensor]],
+    what: str,
+    quantisation: Mapping[str, Any] | None = None,
+) -> None:
     """Writes weights, index, configuration and what belongs to them.
 
     Args:
         part: an empty folder.
         checkpoint: the input.
-        tensors: of the output.
+        tensors: of the output, by the key of the input that they come from.
+        what: is going on, for the bar.
+        quantisation: what config.json says of it.
 
     Raises:
         KTError: a file is not as it was written.
     """
-    size = sum(t.nbytes for t in tensors.values())
+    size = _size(tensors)
     where: dict[str, str] = {}
-    with tqdm(total=size, desc="Merging", unit="B", unit_scale=True) as bar:
+    with tqdm(total=size, desc=what, unit="B", unit_scale=True) as bar:
         for file, keys in checkpoint.files().items():
-            kept = {k: tensors[k] for k in keys if k in tensors}
+            kept = {name: tensor for k in keys for name, tensor in tensors.get(k, {}).items()}
             name = _name(file, checkpoint)
             _write(part / name, kept, checkpoint.metadata(keys[0]) if keys else {}, bar.update)
             where |= dict.fromkeys(kept, name)
@@ -58,7 +70,8 @@ def write_all(part: Path, checkpoint: Checkpoint, tensors: Mapping[str, OutputTe
         (part / _INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     config: dict[str, Any] = json.loads((part / _CONFIG).read_text(encoding="utf-8"))
     changed = ["transformers_weights", *(["quantization_config"] if checkpoint.stored_keys() else [])]
-    if any(config.pop(key, None) for key in changed):
+    if any([config.pop(key, None) for key in changed]) or quantisation:
+        config |= {"quantization_config": quantisation} if quantisation else {}
         (part / _CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
