@@ -93,9 +93,7 @@ def test_an_argument_that_does_not_exist(folder, monkeypatch):
         ktmoe.load_model(folder, r=4, kt_backend="torch")
 
 
-@pytest.mark.parametrize(
-    "name", ["state_dict", "gguf_file", "key_mapping", "tp_plan", "load_in_4bit", "quantization_config"]
-)
+@pytest.mark.parametrize("name", ["state_dict", "gguf_file", "key_mapping", "tp_plan", "load_in_4bit"])
 def test_arguments_without_a_meaning_here(name, folder):
     with pytest.raises(KTError, match=rf"load_model: got {name}; with ktmoe, .*\. Leave it out"):
         ktmoe.load_model(folder, REFERENCE, **{name: "something"})

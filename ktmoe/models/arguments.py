@@ -29,9 +29,8 @@ _REFUSED = {
     "tp_size": "one process holds the experts",
     "device_mesh": "one process holds the experts",
     "distributed_config": "one process holds the experts",
-    "load_in_4bit": "kt_backend: AMXInt8 quantises the experts, the rest stays in bf16",
-    "load_in_8bit": "kt_backend: AMXInt8 quantises the experts, the rest stays in bf16",
-    "quantization_config": "kt_backend: AMXInt8 quantises the experts, the rest stays in bf16",
+    "load_in_4bit": "quantization_config=BitsAndBytesConfig(load_in_4bit=True) is for what is not routed experts",
+    "load_in_8bit": "quantization_config=BitsAndBytesConfig(load_in_8bit=True) is for what is not routed experts",
     "ignore_mismatched_sizes": "files of other sizes are of another model",
 }
 PLACES = "Give a device_map that puts every module on a device, or offloads some of them beside others on a device."
@@ -50,10 +49,24 @@ def check_arguments(from_pretrained: Mapping[str, Any]) -> None:
     refused = [name for name in _REFUSED if from_pretrained.get(name)]
     if refused:
         raise KTError(f"load_model: got {refused[0]}; with ktmoe, {_REFUSED[refused[0]]}. Leave it out.")
+    if (quantised := from_pretrained.get("quantization_config")) is not None:
+        _check_bitsandbytes(quantised)
     device_map = from_pretrained.get("device_map")
     places = device_map.values() if isinstance(device_map, Mapping) else (device_map,)
     if any(str(place) == "meta" for place in places):
         raise KTError(f"device_map: got {device_map!r}; on the meta device there are no weights. {PLACES}")
+
+
+def _check_bitsandbytes(quantised: Any) -> None:
+    """What is not routed experts may be quantised while it is loaded, by bitsandbytes."""
+    if not isinstance(quantised, transformers.BitsAndBytesConfig):
+        raise KTError(
+            f"load_model: quantization_config: got {type(quantised).__name__}; expected "
+            "transformers.BitsAndBytesConfig, which is for what is not routed experts. kt_backend: AMXInt8 quantises "
+            "those."
+        )
+    if find_spec("bitsandbytes") is None:
+        raise KTError("load_model: quantization_config: bitsandbytes is not installed: pip install bitsandbytes")
 
 
 def configurations(config: Any, kt_config: KTConfig | None) -> tuple[Any, KTConfig]:
@@ -92,7 +105,8 @@ def model_configuration(
     refuse_adapter(path, hub)
     if given is not None:
         return given, trust and not type(given).__module__.startswith("transformers."), rest
-    held = {k: rest.pop(k) for k in ("dtype", "torch_dtype") if k in rest}  # "auto" is none that it could hold
+    # "auto" is no dtype that it could hold, and the checkpoint's own quantisation stays in it.
+    held = {k: rest.pop(k) for k in ("dtype", "torch_dtype", "quantization_config") if k in rest}
     code = {k: rest[k] for k in ("code_revision",) if k in rest}  # of the configuration's class and the model's
     try:
         native = native_class(path, hub)

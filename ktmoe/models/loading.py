@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import re
 from collections.abc import Iterator
@@ -25,7 +26,7 @@ from ktmoe.models.arguments import (
     whose,
 )
 from ktmoe.models.attaching import attach
-from ktmoe.models.families import expert_modules
+from ktmoe.models.families import expert_modules, find
 from ktmoe.models.skeleton import auto_class, check_model, experts_in, make_skeleton
 from ktmoe.planning import plan
 from ktmoe.processes import check_one_process
@@ -89,6 +90,8 @@ def load_model(
         **{k: v for k, v in from_pretrained.items() if k in OPTIONS},
     )
     check_headers(model_config, checkpoint, kt_config, trust)
+    if rest.get("quantization_config") is not None:
+        rest["quantization_config"] = _spare_routers(rest["quantization_config"], model_config, checkpoint, trust)
     asked_info = rest.pop("output_loading_info", False)
     options = options_for({**rest, **hub}, torch.bfloat16 if stored or checkpoint.stored_keys() else "auto")
     with without_experts():
@@ -120,6 +123,34 @@ def check_headers(
             config, MoEShape(weights.num_experts, weights.hidden_size, weights.intermediate_size, 1, 1), weights.stored
         )
     checkpoint.check_numbers(CheckpointNames(model, ()), dict(model.named_parameters()))
+
+
+def _spare_routers(quantised: Any, model_config: Any, checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
+    """bitsandbytes' configuration with the routers left as they are, where they are linear layers.
+
+    Raises:
+        KTError: what is outside of the experts is quantised in the checkpoint already.
+    """
+    model = make_skeleton(model_config, trust_remote_code)
+    names, parameters = CheckpointNames(model, ()), dict(model.named_parameters())
+    experts = {h for holders in expert_modules(model).values() for h in holders}
+    for key in checkpoint.stored_keys():
+        name = names.parameter(key, parameters)
+        if name and not any(name.startswith(f"{holder}.") for holder in experts):
+            raise KTError(
+                f"load_model: quantization_config: {key} is quantised in the checkpoint already, which bitsandbytes "
+                "would take for plain numbers. Leave it out."
+            )
+    spared = [
+        f"{block}.{child}"
+        for block, module in ((name.rpartition(".")[0], layer.block) for name, layer in find(model).items())
+        for child, linear in module.named_children()
+        if isinstance(linear, nn.Linear)
+    ]
+    if spared:
+        quantised = copy.deepcopy(quantised)
+        quantised.llm_int8_skip_modules = [*(quantised.llm_int8_skip_modules or ["lm_head"]), *spared]
+    return quantised
 
 
 def _check_on_devices(model: nn.Module) -> None:
