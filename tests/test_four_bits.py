@@ -121,3 +121,52 @@ def test_an_fp8_model_whose_rest_is_fp8_too(folders, tmp_path):
     save_file(tensors, file, {"format": "pt"})
     with pytest.raises(KTError, match=rf"{key} is quantised in the checkpoint already"):
         ktmoe.load_model(folders / "fp8", config("torch"), quantization_config=FOUR)
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory):
+    factory = pytest.importorskip("factory")
+    pytest.importorskip("llamafactory")
+    return factory.Workspace(tmp_path_factory.mktemp("four"))
+
+
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
+def test_through_llama_factory(workspace, stage):
+    """Beside stock LLaMA-Factory in 4 bits, which trains LoRA on the rest alone; ours on the experts too."""
+    keys = {"stage": stage, "quantization_bit": 4, "lora_target": "q_proj,o_proj"}
+    mine = workspace.run(f"mine {stage}", **keys, kt_backend="reference")
+    stock = workspace.stock({stage: {}}, **keys)[stage]
+    assert mine.keys() == stock.keys()
+    near = 0.02 if stage == "sft" else 0.1  # of log-probabilities beside a reference's: bf16's noise shows more
+    assert max(abs(mine[step] - stock[step]) for step in stock) < near * stock[1]
+    whole = workspace.run(f"whole {stage}", stage=stage, quantization_bit=4, kt_backend="torch")
+    assert whole[6] < whole[1]
+
+
+def test_a_run_in_4_bits_goes_on_where_it_was(workspace):
+    keys = {"quantization_bit": 4, "kt_backend": "reference"}
+    whole = workspace.run("resumed", **keys)
+    path = workspace.root / "resumed" / "checkpoint-3"
+    assert workspace.run("resumed", **keys, resume_from_checkpoint=str(path)) == whole
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"quantization_bit": 3}, "quantization_bit: got 3; use_kt: true expects none, 4 or 8"),
+        ({"quantization_bit": 4, "quantization_method": "hqq"}, "quantization_method: got 'hqq'.*expects bnb"),
+    ],
+)
+def test_other_quantisers_are_refused(workspace, given, said):
+    with pytest.raises(KTError, match=said):
+        workspace.run("refused", **given)
+
+
+def test_chat_in_4_bits(workspace):
+    workspace.run("talks", quantization_bit=4)
+    training = ("do_train", "dataset", "dataset_dir", "output_dir", "max_steps", "learning_rate", "logging_steps")
+    training += ("save_steps", "per_device_train_batch_size", "use_cpu", "bf16", "report_to", "cutoff_len", "stage")
+    keys = dict.fromkeys((*training, "lora_rank", "lora_target")) | {"max_new_tokens": 4, "quantization_bit": 4}
+    adapter = str(workspace.root / "talks")
+    done = workspace.command("talking", command="chat", typed="count 3\nexit\n", adapter_name_or_path=adapter, **keys)
+    assert done.returncode == 0, done.stderr[-2000:]

@@ -164,7 +164,7 @@ def test_misspelt_key_does_not_vanish(train, monkeypatch, allow_extra):
         ("use_badam", True, "full weights"),
         ("use_muon", True, "stacked"),
         ("optim", "lomo", "expects an optimizer"),
-        ("quantization_bit", 4, "AMXInt8"),
+        ("quantization_bit", 3, "none, 4 or 8"),
         ("use_unsloth", True, "model class of its own"),
         ("mixture_of_depths", "convert", "model class of its own"),
         ("enable_liger_kernel", True, "replaces the experts"),
@@ -425,12 +425,12 @@ def test_chat_and_export(train, model):
         train(command="chat", template="default")
     assert "infer_backend: got 'vllm'" in refused(train, command="chat", infer_backend="vllm")
     assert "stage: got 'rm'" in refused(train, command="chat", stage="rm")
-    assert "quantization_bit: got 4" in refused(train, command="chat", quantization_bit=4)
+    assert "quantization_bit: got 3" in refused(train, command="chat", quantization_bit=3)
     one = model.parent / "one"
     LoraConfig(r=2).save_pretrained(one)
     merge = dict(command="export", export_dir=str(model.parent / "merged"), adapter_name_or_path=str(one))
     for key, value in (
-        ("export_size", 2), ("export_hub_model_id", "me/it"), ("resize_vocab", True),
+        ("export_size", 2), ("quantization_bit", 4), ("export_hub_model_id", "me/it"), ("resize_vocab", True),
         ("infer_dtype", "float16"), ("export_legacy_format", True),
     ):  # fmt: skip
         assert refused(train, **merge | {key: value}).startswith(f"{key}: got {value!r}; with use_kt, ")

@@ -15,6 +15,7 @@ _FIXED: dict[str, tuple[Any, str]] = {
     "infer_dtype": ("auto", f"{_MERGE} and keeps every dtype"),
     "export_size": (5, f"{_MERGE} and keeps the model's shards"),
     "export_legacy_format": (False, "safetensors are written"),
+    "quantization_bit": (None, f"{_MERGE}, which are not in 4 bits"),
     "export_quantization_bit": (None, "quantise the merged model in a second run, without use_kt"),
     "export_hub_model_id": (None, "upload the folder afterwards: hf upload"),
     "resize_vocab": (False, f"{_MERGE} and keeps every size"),

@@ -18,9 +18,11 @@ from ktmoe.models import (
     bf16_is_slow,
     check_headers,
     forget_stored,
+    linear_routers,
     moe_layers,
     native_class,
     native_config,
+    spare,
     stream,
     summary,
     unwrapped_layers,
@@ -66,16 +68,46 @@ def load_model(original: Any) -> Any:
         if model_args.use_kt:
             # Damaged, incomplete and quantised files are refused before anything is loaded.
             check_headers(preflight.load_config(model_args), _checkpoint(model_args), kt_config(model_args))
+        quantised = _routers_spared(model_args) if model_args.use_kt else contextlib.nullcontext()
         streamed = without_experts() if model_args.use_kt else contextlib.nullcontext()
-        with native_config(native), mock.patch.object(model_args, "trust_remote_code", trust and not native), streamed:
+        with (
+            native_config(native),
+            mock.patch.object(model_args, "trust_remote_code", trust and not native),
+            quantised,
+            streamed,
+        ):
             model = original(tokenizer, model_args, finetuning_args, is_trainable, *args, **kwargs)
-        if model_args.use_kt and not is_trainable:  # no Trainer moves it; the routed experts stay where they are
+        placed = getattr(model, "quantization_method", None)  # bitsandbytes has put it where it computes
+        if (
+            model_args.use_kt and not is_trainable and not placed
+        ):  # no Trainer moves it; the experts stay where they are
             from llamafactory.extras.misc import get_current_device
 
             model.to(get_current_device())
         return model
 
     return load_model
+
+
+@contextlib.contextmanager
+def _routers_spared(model_args: Any) -> Iterator[None]:
+    """Within it, LLaMA-Factory's configuration for bitsandbytes leaves routers as they are."""
+    if model_args.quantization_bit is None:
+        yield
+        return
+    from llamafactory.model import patcher
+
+    spared = linear_routers(preflight.load_config(model_args), _checkpoint(model_args))
+    original = patcher.configure_quantization
+
+    def configure_quantization(*args: Any) -> None:
+        original(*args)
+        *_, init_kwargs = args
+        if quantised := init_kwargs.get("quantization_config"):
+            init_kwargs["quantization_config"] = spare(quantised, spared)
+
+    with mock.patch.object(patcher, "configure_quantization", configure_quantization):
+        yield
 
 
 def init_adapter(original: Any) -> Any:

@@ -38,6 +38,14 @@ def _plain_optimizer(value: Any) -> bool:
     return not str(getattr(value, "value", value)).lower().startswith(("galore", "apollo", "lomo", "adalomo"))
 
 
+def _bits(value: Any) -> bool:
+    return _off(value) or str(value) in ("4", "8")
+
+
+def _bnb(value: Any) -> bool:
+    return str(getattr(value, "value", value)).lower() == "bnb"
+
+
 _LORA = "Write finetuning_type: lora, or train with use_kt: false"
 _OWN_MODEL = "it brings a model class of its own, and the routed experts are found in transformers' classes"
 _OWN_OPTIMIZER = "it takes every parameter for the matrix of one layer, and expert LoRA is stacked over the experts"
@@ -66,7 +74,8 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str, str]] = {
     "infer_backend": (_one_of("huggingface"), "huggingface", "vLLM and SGLang load the model by themselves"),
     "use_llama_pro": (_off, "false", _NOT_BUILT),
     "use_asft_loss": (_off, "false", "it loads a second model"),
-    "quantization_bit": (_off, "none", "kt_backend: AMXInt8 quantises the routed experts; the rest stays in bf16"),
+    "quantization_bit": (_bits, "none, 4 or 8", "what is not routed experts, by bitsandbytes"),
+    "quantization_method": (_bnb, "bnb", "what is not routed experts is quantised by bitsandbytes alone"),
     "use_unsloth": (_off, "false", _OWN_MODEL),
     "mixture_of_depths": (_off, "none", _OWN_MODEL),
     "enable_liger_kernel": (_off, "false", "it replaces the experts' modules. Leave it out"),

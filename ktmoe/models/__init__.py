@@ -4,7 +4,15 @@ from ktmoe.models.arguments import model_configuration
 from ktmoe.models.attached import moe_layers, unwrapped_layers
 from ktmoe.models.attaching import attach, detach
 from ktmoe.models.families import find, names_on_disk
-from ktmoe.models.loading import check_headers, forget_stored, load_model, stream, without_experts
+from ktmoe.models.loading import (
+    check_headers,
+    forget_stored,
+    linear_routers,
+    load_model,
+    spare,
+    stream,
+    without_experts,
+)
 from ktmoe.models.native import native_class, native_config
 from ktmoe.models.skeleton import check_model, expert_shapes, experts_in, layers_of, make_skeleton
 from ktmoe.models.startup import bf16_is_slow, summary
@@ -21,6 +29,7 @@ __all__ = [
     "find",
     "forget_stored",
     "layers_of",
+    "linear_routers",
     "load_model",
     "make_skeleton",
     "model_configuration",
@@ -28,6 +37,7 @@ __all__ = [
     "names_on_disk",
     "native_class",
     "native_config",
+    "spare",
     "stream",
     "summary",
     "unwrapped_layers",

@@ -91,7 +91,9 @@ def load_model(
     )
     check_headers(model_config, checkpoint, kt_config, trust)
     if rest.get("quantization_config") is not None:
-        rest["quantization_config"] = _spare_routers(rest["quantization_config"], model_config, checkpoint, trust)
+        rest["quantization_config"] = spare(
+            rest["quantization_config"], linear_routers(model_config, checkpoint, trust)
+        )
     asked_info = rest.pop("output_loading_info", False)
     options = options_for({**rest, **hub}, torch.bfloat16 if stored or checkpoint.stored_keys() else "auto")
     with without_experts():
@@ -125,8 +127,8 @@ def check_headers(
     checkpoint.check_numbers(CheckpointNames(model, ()), dict(model.named_parameters()))
 
 
-def _spare_routers(quantised: Any, model_config: Any, checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
-    """bitsandbytes' configuration with the routers left as they are, where they are linear layers.
+def linear_routers(model_config: Any, checkpoint: Checkpoint, trust_remote_code: bool = False) -> list[str]:
+    """Routers, and gates of shared experts, that are linear layers: what bitsandbytes would quantise too.
 
     Raises:
         KTError: what is outside of the experts is quantised in the checkpoint already.
@@ -138,18 +140,23 @@ def _spare_routers(quantised: Any, model_config: Any, checkpoint: Checkpoint, tr
         name = names.parameter(key, parameters)
         if name and not any(name.startswith(f"{holder}.") for holder in experts):
             raise KTError(
-                f"load_model: quantization_config: {key} is quantised in the checkpoint already, which bitsandbytes "
-                "would take for plain numbers. Leave it out."
+                f"quantization_config, quantization_bit: {key} is quantised in the checkpoint already, which "
+                "bitsandbytes would take for plain numbers. Leave it out."
             )
-    spared = [
-        f"{block}.{child}"
-        for block, module in ((name.rpartition(".")[0], layer.block) for name, layer in find(model).items())
-        for child, linear in module.named_children()
-        if isinstance(linear, nn.Linear)
+    blocks = {name.rpartition(".")[0]: layer.block for name, layer in find(model).items()}
+    return [
+        f"{name}.{child}"
+        for name, block in blocks.items()
+        for child, module in block.named_children()
+        if isinstance(module, nn.Linear)
     ]
-    if spared:
+
+
+def spare(quantised: Any, modules: list[str]) -> Any:
+    """bitsandbytes' configuration with some modules left as they are."""
+    if modules:
         quantised = copy.deepcopy(quantised)
-        quantised.llm_int8_skip_modules = [*(quantised.llm_int8_skip_modules or ["lm_head"]), *spared]
+        quantised.llm_int8_skip_modules = [*(quantised.llm_int8_skip_modules or ["lm_head"]), *modules]
     return quantised
 
 
