@@ -42,12 +42,12 @@ AMX_LABEL = "(the AMX binary: native where the CPU has AMX, else emulated)"
 CONTRACT = [
     f"tests/test_{name}.py"
     for name in (
+        "guards",  # by far the longest: first, for the processes to end together
+        "mutants",
         "contract",
         "properties",
         "autograd",
         "kernel_traps",
-        "guards",
-        "mutants",
         "gate",
         "amx_emulation",
         "retained",

@@ -340,7 +340,7 @@ def test_200_steps_of_varying_sizes_do_not_grow(name):
         if i % 20 == 19:
             gc.collect()
             held.append(sum(o.nbytes for o in gc.get_objects() if type(o) is torch.Tensor))
-    assert max(held[1:]) <= held[1]
+    assert max(held[1:]) <= 1.001 * held[1]  # one tensor kept of every step would be 25 %
 
 
 class Counted:
