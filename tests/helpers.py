@@ -27,6 +27,10 @@ BACKENDS = [
 ]
 KERNEL_BACKENDS = [pytest.param(b, marks=[pytest.mark.kernel]) for b in KERNELS]
 BF16_KERNELS = [pytest.param(b, marks=[pytest.mark.kernel]) for b in ANY_SOURCE]
+# Of what is the same for every kernel, the newer formats' share is left to `nox -s accuracy`.
+STORED_KERNELS_SLOW = [
+    pytest.param(b, marks=[pytest.mark.kernel, pytest.mark.slow]) for b in KERNELS if TABLE[b].stored
+]
 BF16_BACKENDS = [b for b in BACKENDS if b.values[0] not in KERNELS or b.values[0] in ANY_SOURCE]
 # Where the CPU has no instructions for bf16, oneDNN packs nothing and the torch backend computes in fp32.
 PACKS = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()

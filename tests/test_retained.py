@@ -7,7 +7,7 @@ import warnings
 
 import pytest
 import torch
-from helpers import BACKENDS, SMALL, call, module, weights
+from helpers import BF16_BACKENDS, SMALL, STORED_KERNELS_SLOW, call, module, weights
 from torch.utils.checkpoint import checkpoint
 
 import ktmoe.experts
@@ -17,7 +17,7 @@ from ktmoe.types import Lora
 from ktmoe.validation import make_inputs
 
 
-every_backend = pytest.mark.parametrize("name", BACKENDS)
+every_backend = pytest.mark.parametrize("name", [*BF16_BACKENDS, *STORED_KERNELS_SLOW])
 both_kinds = pytest.mark.parametrize("use_reentrant", [True, False])
 
 

@@ -3,7 +3,7 @@
 import dataclasses
 
 import pytest
-from helpers import BF16_KERNELS, KERNEL_BACKENDS, SMALL, draw, limits, run_python
+from helpers import BF16_KERNELS, KERNEL_BACKENDS, SMALL, STORED_KERNELS_SLOW, draw, limits, run_python
 
 from ktmoe.backends.kt import emptying
 from ktmoe.backends.kt import kernel as module
@@ -74,10 +74,7 @@ SWEEP = """
 """
 
 
-@pytest.mark.parametrize(
-    "name",
-    [*BF16_KERNELS, *(pytest.param(n, marks=[pytest.mark.kernel, pytest.mark.slow]) for n in ("AMXFP8", "AMXInt4"))],
-)
+@pytest.mark.parametrize("name", [*BF16_KERNELS, *STORED_KERNELS_SLOW])
 def test_a_sweep_over_anything_ends_with_the_memory_of_one_model(name):
     done = run_python(SWEEP.replace("NAME", repr(name)))
     assert done.returncode == 0, done.stderr[-2000:]
