@@ -246,6 +246,10 @@ def quantize(
 
     def command() -> None:
         if format is Format.INT4:
+            if tp != 1 or threads is not None:
+                raise KTError(
+                    "--format int4: --tp and --threads are for int8, which the kernel packs. Leave them out."
+                )
             typer.echo(f"ktmoe: {quantize_int4_model(model, out)}. To train with them:")
             typer.echo(f"model_name_or_path: {out}")
             return

@@ -52,7 +52,7 @@ def _choose(config: KTConfig, shape: MoEShape, stored: str | None) -> tuple[str,
         for name, row in TABLE.items():
             if row.stored not in ("", stored):
                 continue
-            why = _no_sharing(row, config) or row.why_not(shape)
+            why = row.why_not(shape) or _no_sharing(row, config)
             if not why:
                 return name, tuple(against)
             against.append((name, why))
@@ -62,7 +62,7 @@ def _choose(config: KTConfig, shape: MoEShape, stored: str | None) -> tuple[str,
             f"kt_backend: {wanted} takes experts that the checkpoint holds in {_IN_WORDS[TABLE[wanted].stored]}; this "
             f"model's are {_IN_WORDS[stored]}. Write kt_backend: auto, or AMXInt8, which quantises any."
         )
-    if why := _no_sharing(TABLE[wanted], config) or TABLE[wanted].refuse_shape(shape):
+    if why := TABLE[wanted].refuse_shape(shape) or _no_sharing(TABLE[wanted], config):
         raise KTError(why)
     if why := TABLE[wanted].refuse_host():
         unused = "; kt_weight_path is of no use here" if config.kt_weight_path else ""

@@ -132,14 +132,18 @@ class ExpertWeights:
     @property
     def is_meta(self) -> bool:
         """Whether there are no numbers: some of them are on the meta device."""
-        stacks: list[Any] = [getattr(self, p) for p in PROJECTIONS]
-        return any((getattr(s, "device", None) or s[0].device).type == "meta" for s in stacks)
+        return any(device_of(getattr(self, p)).type == "meta" for p in PROJECTIONS)
 
     def nbytes(self) -> int:
         """Bytes of all weights as they are held, scales left out."""
         each = self.num_experts * self.hidden_size * self.intermediate_size
         bits = sum(getattr(getattr(self, p), "bits", torch.finfo(self.dtype).bits) for p in PROJECTIONS)
         return each * bits // 8
+
+
+def device_of(stack: Stack) -> torch.device:
+    """Where a stack is, without making a matrix where it says it for all."""
+    return getattr(stack, "device", None) or stack[0].device
 
 
 def _matrix(stack: Stack, e: int) -> tuple[tuple[int, ...], torch.dtype]:

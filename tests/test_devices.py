@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from helpers import train_on
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
@@ -30,16 +31,8 @@ def trained(device, backend):
     for name, p in parameters.items():  # the same on every device
         p.data = torch.randn(p.shape, generator=torch.Generator().manual_seed(len(name))).mul_(0.1).to(p)
         assert p.device.type == ("cpu" if ".experts." in name else device)
-    optimizer = torch.optim.AdamW(parameters.values(), lr=1e-3)
     ids = torch.randint(0, 128, (2, 11), generator=torch.Generator().manual_seed(1)).to(device)
-    losses = []
-    for _ in range(3):
-        loss = model(input_ids=ids, labels=ids).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    return losses, {n: p.detach().cpu() for n, p in parameters.items()}
+    return train_on(model, ids, 3, lr=1e-3), {n: p.detach().cpu() for n, p in parameters.items()}
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -4,7 +4,7 @@ import pytest
 import torch
 import transformers
 from families import model
-from helpers import BF16_KERNELS, relative
+from helpers import BF16_KERNELS, relative, train_on
 from peft import LoraConfig
 from test_stored_experts import IDS, config, logits
 from torch import nn
@@ -80,15 +80,8 @@ def test_lora_on_both_is_trained_saved_and_loaded(folders, name, use_reentrant, 
     tuned = load(lora=LORA)
     tuned.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
     tuned.enable_input_require_grads()
-    optimizer = torch.optim.AdamW([p for p in tuned.parameters() if p.requires_grad], lr=1e-2)
-    losses = []
-    for _ in range(20):
-        loss = tuned.train()(input_ids=IDS, labels=IDS).loss
-        loss.backward()
-        moved = {n for n, p in tuned.named_parameters() if p.requires_grad and p.grad is not None and p.grad.any()}
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
+    losses = train_on(tuned.train(), IDS, 20, lr=1e-2)
+    moved = {n for n, p in tuned.named_parameters() if "lora_B" in n and p.any()}  # they began at zero
     assert losses[-1] < 0.9 * losses[0]
     assert any("o_proj.lora_B" in n for n in moved)
     assert any(".experts." in n for n in moved)
@@ -104,7 +97,7 @@ def test_what_it_cannot_be_is_refused(folders, monkeypatch):
     with pytest.raises(KTError, match=r"got GPTQConfig; expected transformers\.BitsAndBytesConfig"):
         ktmoe.load_model(folders / "bf16", config("torch"), quantization_config=given)
     with monkeypatch.context() as patch:
-        patch.setattr("ktmoe.models.arguments.find_spec", lambda name: None)
+        patch.setattr("ktmoe.models.rest_in_bits.find_spec", lambda name: None)
         with pytest.raises(KTError, match="bitsandbytes is not installed: pip install bitsandbytes"):
             ktmoe.load_model(folders / "bf16", config("torch"), quantization_config=FOUR)
 
@@ -160,6 +153,12 @@ def test_a_run_in_4_bits_goes_on_where_it_was(workspace):
 def test_other_quantisers_are_refused(workspace, given, said):
     with pytest.raises(KTError, match=said):
         workspace.run("refused", **given)
+
+
+def test_llama_factory_without_bitsandbytes(workspace, monkeypatch):
+    monkeypatch.setattr("ktmoe.models.rest_in_bits.find_spec", lambda name: None)
+    with pytest.raises(KTError, match="quantization_bit: bitsandbytes is not installed"):
+        workspace.run("refused", quantization_bit=4)
 
 
 def test_chat_in_4_bits(workspace):

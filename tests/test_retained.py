@@ -333,6 +333,9 @@ def _noticed(backend, what, x, index, w, lora):
 def test_200_steps_of_varying_sizes_do_not_grow(name):
     experts = module(name, shape=dataclasses.replace(SMALL, num_experts=6))
     held = []
+    x, index, w = call(experts, tokens=90)
+    step(experts, x, torch.tensor([0, 1]).expand_as(index), w, True)  # no later call has an expert with more rows
+    del x, index, w
     for i in range(200):
         x, index, w = call(experts, tokens=1 + (37 * i) % 90, seed=i)
         step(experts, x, index, w, i % 2 == 0)
@@ -340,7 +343,7 @@ def test_200_steps_of_varying_sizes_do_not_grow(name):
         if i % 20 == 19:
             gc.collect()
             held.append(sum(o.nbytes for o in gc.get_objects() if type(o) is torch.Tensor))
-    assert max(held[1:]) <= 1.001 * held[1]  # one tensor kept of every step would be 25 %
+    assert max(held[1:]) <= held[1]
 
 
 class Counted:

@@ -2,17 +2,16 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
-from compressed_tensors.compressors import PackedQuantizationCompressor
-from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from families import model
-from helpers import relative
+from helpers import relative, train_on
 from ktmoe_reference import quantize_int4
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import ktmoe
@@ -37,9 +36,6 @@ SIZES = {  # of DeepSeek-V3: the first layer is dense
 }
 LORA = LoraConfig(r=4, lora_alpha=8, target_modules=["q_a_proj", "o_proj", "gate_proj", "up_proj", "down_proj"])
 IDS = torch.arange(48).remainder(7).view(2, 24) + 1
-SCHEME = QuantizationScheme(
-    targets=["Linear"], weights=QuantizationArgs(num_bits=4, strategy="group", group_size=32, symmetric=True)
-)
 every_format = pytest.mark.parametrize("stored", OWN)
 
 
@@ -48,14 +44,37 @@ def folders(tmp_path_factory):
     """By format: the model as it is released, and beside it (`plain`) what its numbers mean, in bf16."""
     root = tmp_path_factory.mktemp("models")
     model("DeepSeek-V3", torch.bfloat16, **SIZES).save_pretrained(root / "bf16")
-    for stored in OWN:
-        store_experts(shutil.copytree(root / "bf16", root / stored), stored)
-        plain = shutil.copytree(root / "bf16", root / f"{stored} plain")
-        tensors, checkpoint = load_file(plain / "model.safetensors"), Checkpoint(root / stored)
-        tensors |= {key: checkpoint.dequantise(key) for key in checkpoint.stored_keys()}
-        assert len(checkpoint.stored_keys()) == 2 * 8 * 3
-        save_file(tensors, plain / "model.safetensors", {"format": "pt"})
+    assert [write_stored(root, stored) for stored in OWN] == [2 * 8 * 3] * 2
     return root
+
+
+def write_stored(root, stored):
+    """Beside `bf16`: the model in a format, and what its numbers mean (`plain`). Returns how many matrices."""
+    store_experts(shutil.copytree(root / "bf16", root / stored), stored)
+    plain = shutil.copytree(root / "bf16", root / f"{stored} plain")
+    tensors, checkpoint = load_file(plain / "model.safetensors"), Checkpoint(root / stored)
+    tensors |= {key: checkpoint.dequantise(key) for key in checkpoint.stored_keys()}
+    save_file(tensors, plain / "model.safetensors", {"format": "pt"})
+    return len(checkpoint.stored_keys())
+
+
+@pytest.fixture
+def library():
+    """compressed-tensors' own compression and decompression of a layer."""
+    compressors = pytest.importorskip(
+        "compressed_tensors.compressors", reason="compressed-tensors is not installed: it needs Python 3.11"
+    )
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+
+    weights = QuantizationArgs(num_bits=4, strategy="group", group_size=32, symmetric=True)
+    scheme, compressor = (
+        QuantizationScheme(targets=["Linear"], weights=weights),
+        compressors.PackedQuantizationCompressor,
+    )
+    return SimpleNamespace(
+        compress=lambda state: compressor.compress(state, scheme),
+        decompress=lambda state: compressor.decompress(state, scheme)["weight"],
+    )
 
 
 @pytest.fixture
@@ -95,15 +114,7 @@ def test_training_follows_the_reference(folders, stored, backend):
     def curve(name, path):
         torch.manual_seed(0)
         tuned = ktmoe.load_model(path, config(name), lora=LORA)
-        optimizer = torch.optim.AdamW([p for p in tuned.parameters() if p.requires_grad], lr=2e-3)
-        found = []
-        for _ in range(20):
-            loss = tuned(input_ids=IDS, labels=IDS).loss
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            found.append(loss.item())
-        return torch.tensor(found)
+        return torch.tensor(train_on(tuned, IDS, 20, lr=2e-3))
 
     expected = curve("reference", folders / f"{stored} plain")
     assert expected[-1] < 0.9 * expected[0]
@@ -181,7 +192,7 @@ def test_other_variants_are_refused_by_name(folder, stored, variant, monkeypatch
 
 
 @pytest.mark.parametrize("stored", ["int4"])
-def test_what_the_real_library_writes_is_what_it_reads(folder, stored):
+def test_what_the_real_library_writes_is_what_it_reads(folder, stored, library):
     """Everywhere: its own numbers in the place of ours in the experts, and in a layer outside of them."""
     file = folder / "model.safetensors"
     tensors, meant, g = load_file(file), {}, torch.Generator().manual_seed(0)
@@ -190,9 +201,9 @@ def test_what_the_real_library_writes_is_what_it_reads(folder, stored):
         out, width = tensors.pop(key).shape
         weight = torch.randn(out, width * (8 if key != name else 1), generator=g).mul_(0.1).bfloat16()
         state = {"weight": weight, "weight_scale": quantize_int4(weight)[1]}
-        compressed = PackedQuantizationCompressor.compress(state, SCHEME)
+        compressed = library.compress(state)
         tensors |= {name.replace("weight", k): v for k, v in compressed.items()}
-        meant[name] = PackedQuantizationCompressor.decompress(compressed, SCHEME)["weight"]
+        meant[name] = library.decompress(compressed)
     save_file(tensors, file, {"format": "pt"})
     checkpoint = Checkpoint(folder)
     assert sorted(checkpoint.stored_keys()) == sorted(meant)
@@ -217,7 +228,7 @@ def test_merging_writes_bf16_and_says_so(folders, folder, stored, tmp_path):
     assert relative(logits(merged), expected) < 0.03
 
 
-def test_any_model_is_quantised_to_int4(folders, tmp_path):
+def test_any_model_is_quantised_to_int4(folders, tmp_path, library):
     """Into what the real library reads, and what is trained as any INT4 checkpoint."""
     made = CliRunner().invoke(app, ["quantize", str(folders / "bf16"), str(tmp_path / "out"), "--format", "int4"])
     assert made.exit_code == 0, made.output
@@ -230,7 +241,7 @@ def test_any_model_is_quantised_to_int4(folders, tmp_path):
             assert torch.equal(written[key], tensor)
             continue
         state = {f"weight_{part}": written[f"{key}_{part}"] for part in ("packed", "scale", "shape")}
-        theirs = PackedQuantizationCompressor.decompress(state, SCHEME)["weight"].float()
+        theirs = library.decompress(state).float()
         assert torch.equal(checkpoint.dequantise(key).float(), theirs.bfloat16().float())
         assert relative(theirs, tensor.float()) < 0.12  # what rounding to 16 numbers does
     expected = logits(ktmoe.load_model(folders / "int4", config("reference"), r=4))
@@ -242,6 +253,68 @@ def test_what_is_quantised_is_not_quantised_again(folders, stored, tmp_path):
     with pytest.raises(KTError, match="quantised already"):
         quantize_int4_model(folders / stored, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_what_cannot_be_quantised_to_int4_is_refused(folders, tmp_path):
+    """And leaves nothing behind."""
+    made = CliRunner().invoke(
+        app, ["quantize", str(folders / "bf16"), str(tmp_path / "out"), "--format", "int4", "--tp", "2"]
+    )
+    assert made.exit_code == 2
+    assert "--tp and --threads are for int8" in made.stderr
+    damaged = shutil.copytree(folders / "bf16", tmp_path / "damaged")
+    tensors = load_file(damaged / "model.safetensors")
+    key = next(k for k in tensors if k.endswith("experts.3.up_proj.weight"))
+    tensors[key][5, 7] = float("nan")
+    save_file(tensors, damaged / "model.safetensors", {"format": "pt"})
+    with pytest.raises(KTError, match=rf"{key}: holds NaN"):
+        quantize_int4_model(damaged, tmp_path / "out")
+    whole = AutoModelForCausalLM.from_pretrained(folders / "bf16", dtype=torch.bfloat16)
+    if "model.layers.1.mlp.experts.gate_up_proj" in whole.state_dict():  # transformers 5
+        held = {k: v.clone() for k, v in whole.state_dict().items()}
+        save_file(held, damaged / "model.safetensors", {"format": "pt"})
+        with pytest.raises(KTError, match="holds all experts of a layer"):
+            quantize_int4_model(damaged, tmp_path / "out")
+    assert [p.name for p in tmp_path.iterdir()] == ["damaged"]
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory):
+    """LLaMA-Factory's, with its model in sizes that every format takes, in bf16 and as `write_stored` has it."""
+    factory = pytest.importorskip("factory")
+    pytest.importorskip("llamafactory")
+    made = factory.Workspace(tmp_path_factory.mktemp("stored"))
+    sizes = AutoConfig.from_pretrained(made.model, hidden_size=128, moe_intermediate_size=128)
+    torch.manual_seed(0)
+    shutil.copytree(made.model, made.root / "bf16", ignore=shutil.ignore_patterns("*.safetensors"))
+    AutoModelForCausalLM.from_config(sizes, dtype=torch.bfloat16).save_pretrained(made.root / "bf16")
+    for stored in OWN:
+        write_stored(made.root, stored)
+    return made
+
+
+@pytest.mark.parametrize(("stored", "backend"), EVERY)
+def test_through_llama_factory(workspace, stored, backend):
+    """As the same run on what the numbers mean."""
+    folder, plain = (str(workspace.root / name) for name in (stored, f"{stored} plain"))
+    mine = workspace.run(f"{stored} {backend}", model_name_or_path=folder, kt_backend=backend, kt_num_threads=1)
+    expected = workspace.run(f"{stored} expected", model_name_or_path=plain, kt_backend="reference")
+    assert max(abs(mine[step] - expected[step]) for step in expected) < 0.02 * expected[1]
+
+
+@pytest.mark.parametrize("name", OWN.values())
+def test_llama_factory_refuses_a_bf16_model_too(workspace, name):
+    with pytest.raises(KTError, match=f"kt_backend: {name} takes experts that the checkpoint holds"):
+        workspace.run("refused", model_name_or_path=str(workspace.root / "bf16"), kt_backend=name)
+
+
+@pytest.mark.kernel
+def test_auto_leaves_int4_for_ranks_that_it_does_not_take(folders, monkeypatch):
+    """With the reason, and not with a key that `auto` itself has set since."""
+    monkeypatch.setattr("ktmoe.notices._said", set())
+    with pytest.warns(UserWarning, match=r"lora_rank\): got 16; kt_backend: AMXInt4 takes 1 to 8"):
+        tuned = ktmoe.load_model(folders / "int4", KTConfig(), r=16)
+    assert {experts.plan.backend for experts in moe_layers(tuned).values()} == {"AMXBF16"}
 
 
 @pytest.mark.kernel

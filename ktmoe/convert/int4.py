@@ -39,8 +39,8 @@ _QUANTISATION = {
 def quantize_int4_model(model: str | os.PathLike[str], out: str | os.PathLike[str]) -> str:
     """Writes a checkpoint whose routed experts are INT4, each number rounded to the nearest; the rest is copied.
 
-    Same files and layout as the model's, as safetensors. `model_name_or_path` takes it, and so does whatever reads
-    compressed-tensors' `pack-quantized` format.
+    Same files and layout as the model's, as safetensors, its experts in compressed-tensors' `pack-quantized` format.
+    `model_name_or_path` takes it.
 
     Args:
         model: a directory, or a name on the hub.

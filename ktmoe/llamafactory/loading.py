@@ -19,13 +19,14 @@ from ktmoe.models import (
     check_headers,
     forget_stored,
     linear_routers,
+    make_skeleton,
     moe_layers,
     native_class,
     native_config,
-    spare,
     stream,
     summary,
     unwrapped_layers,
+    with_skipped,
     without_experts,
 )
 from ktmoe.types import KTError
@@ -77,10 +78,8 @@ def load_model(original: Any) -> Any:
             streamed,
         ):
             model = original(tokenizer, model_args, finetuning_args, is_trainable, *args, **kwargs)
-        placed = getattr(model, "quantization_method", None)  # bitsandbytes has put it where it computes
-        if (
-            model_args.use_kt and not is_trainable and not placed
-        ):  # no Trainer moves it; the experts stay where they are
+        # No Trainer moves it; bitsandbytes has where it computes. The routed experts stay where they are.
+        if model_args.use_kt and not is_trainable and not getattr(model, "quantization_method", None):
             from llamafactory.extras.misc import get_current_device
 
             model.to(get_current_device())
@@ -97,14 +96,14 @@ def _routers_spared(model_args: Any) -> Iterator[None]:
         return
     from llamafactory.model import patcher
 
-    spared = linear_routers(preflight.load_config(model_args), _checkpoint(model_args))
+    skipped = linear_routers(make_skeleton(preflight.load_config(model_args)), _checkpoint(model_args))
     original = patcher.configure_quantization
 
     def configure_quantization(*args: Any) -> None:
         original(*args)
         *_, init_kwargs = args
         if quantised := init_kwargs.get("quantization_config"):
-            init_kwargs["quantization_config"] = spare(quantised, spared)
+            init_kwargs["quantization_config"] = with_skipped(quantised, skipped)
 
     with mock.patch.object(patcher, "configure_quantization", configure_quantization):
         yield

@@ -7,7 +7,6 @@ import inspect
 import os
 import re
 from collections.abc import Iterator, Mapping
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from ktmoe.adapters import EXPERTS_FILE
@@ -73,14 +72,14 @@ def check_inference(model_args: Any, finetuning_args: Any, lora: LoraConfig | No
     Raises:
         KTError: as `check_loading`.
     """
-    from ktmoe.models import check_model
+    from ktmoe.models import check_installed, check_model
 
     model_config = load_config(model_args)
     if _is_multimodal(model_config):
         kind = type(model_config).__name__
         raise KTError(f"model_name_or_path: {kind} is multimodal; only text models are built so far.")
-    if model_args.quantization_bit is not None and find_spec("bitsandbytes") is None:
-        raise KTError("quantization_bit: bitsandbytes is not installed: pip install bitsandbytes")
+    if model_args.quantization_bit is not None:
+        check_installed("quantization_bit")
     refuse_quantised(f"model_name_or_path: {model_args.model_name_or_path}", model_config)
     with _in_its_words():
         check_model(model_config, kt_config(model_args), largest_rank(model_args, finetuning_args), lora)

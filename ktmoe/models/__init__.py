@@ -7,13 +7,12 @@ from ktmoe.models.families import find, names_on_disk
 from ktmoe.models.loading import (
     check_headers,
     forget_stored,
-    linear_routers,
     load_model,
-    spare,
     stream,
     without_experts,
 )
 from ktmoe.models.native import native_class, native_config
+from ktmoe.models.rest_in_bits import check_installed, linear_routers, with_skipped
 from ktmoe.models.skeleton import check_model, expert_shapes, experts_in, layers_of, make_skeleton
 from ktmoe.models.startup import bf16_is_slow, summary
 
@@ -22,6 +21,7 @@ __all__ = [
     "attach",
     "bf16_is_slow",
     "check_headers",
+    "check_installed",
     "check_model",
     "detach",
     "expert_shapes",
@@ -37,9 +37,9 @@ __all__ = [
     "names_on_disk",
     "native_class",
     "native_config",
-    "spare",
     "stream",
     "summary",
     "unwrapped_layers",
+    "with_skipped",
     "without_experts",
 ]

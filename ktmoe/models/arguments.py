@@ -15,6 +15,7 @@ from transformers import AutoConfig, PretrainedConfig
 from ktmoe.checkpoints import HUB, refuse_adapter
 from ktmoe.config import KTConfig
 from ktmoe.models.native import native_class, native_config
+from ktmoe.models.rest_in_bits import check_quantiser
 from ktmoe.types import KTError
 
 
@@ -50,23 +51,11 @@ def check_arguments(from_pretrained: Mapping[str, Any]) -> None:
     if refused:
         raise KTError(f"load_model: got {refused[0]}; with ktmoe, {_REFUSED[refused[0]]}. Leave it out.")
     if (quantised := from_pretrained.get("quantization_config")) is not None:
-        _check_bitsandbytes(quantised)
+        check_quantiser(quantised)
     device_map = from_pretrained.get("device_map")
     places = device_map.values() if isinstance(device_map, Mapping) else (device_map,)
     if any(str(place) == "meta" for place in places):
         raise KTError(f"device_map: got {device_map!r}; on the meta device there are no weights. {PLACES}")
-
-
-def _check_bitsandbytes(quantised: Any) -> None:
-    """What is not routed experts may be quantised while it is loaded, by bitsandbytes."""
-    if not isinstance(quantised, transformers.BitsAndBytesConfig):
-        raise KTError(
-            f"load_model: quantization_config: got {type(quantised).__name__}; expected "
-            "transformers.BitsAndBytesConfig, which is for what is not routed experts. kt_backend: AMXInt8 quantises "
-            "those."
-        )
-    if find_spec("bitsandbytes") is None:
-        raise KTError("load_model: quantization_config: bitsandbytes is not installed: pip install bitsandbytes")
 
 
 def configurations(config: Any, kt_config: KTConfig | None) -> tuple[Any, KTConfig]:

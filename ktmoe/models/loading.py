@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import re
 from collections.abc import Iterator
@@ -26,7 +25,8 @@ from ktmoe.models.arguments import (
     whose,
 )
 from ktmoe.models.attaching import attach
-from ktmoe.models.families import expert_modules, find
+from ktmoe.models.families import expert_modules
+from ktmoe.models.rest_in_bits import linear_routers, with_skipped
 from ktmoe.models.skeleton import auto_class, check_model, experts_in, make_skeleton
 from ktmoe.planning import plan
 from ktmoe.processes import check_one_process
@@ -58,7 +58,8 @@ def load_model(
         r: the largest LoRA rank that adapters will have, where `lora` does not say it.
         kt_config: which backend, threads, limits, where `config` is transformers'.
         **from_pretrained: what `AutoModelForCausalLM.from_pretrained` takes: values for the configuration
-            (`use_cache`, `attention_dropout`), `dtype`, `device_map`, `attn_implementation`, `revision`, `variant`,
+            (`use_cache`, `attention_dropout`), `quantization_config` (a BitsAndBytesConfig, for what is not routed
+            experts), `dtype`, `device_map`, `attn_implementation`, `revision`, `variant`,
             `trust_remote_code` (used only where transformers has no class of its own) ...
 
     Returns:
@@ -91,9 +92,8 @@ def load_model(
     )
     check_headers(model_config, checkpoint, kt_config, trust)
     if rest.get("quantization_config") is not None:
-        rest["quantization_config"] = spare(
-            rest["quantization_config"], linear_routers(model_config, checkpoint, trust)
-        )
+        skipped = linear_routers(make_skeleton(model_config, trust), checkpoint)
+        rest["quantization_config"] = with_skipped(rest["quantization_config"], skipped)
     asked_info = rest.pop("output_loading_info", False)
     options = options_for({**rest, **hub}, torch.bfloat16 if stored or checkpoint.stored_keys() else "auto")
     with without_experts():
@@ -121,43 +121,9 @@ def check_headers(
     """
     model = make_skeleton(model_config, trust_remote_code)
     for weights in experts_in(model, checkpoint).values():
-        plan(
-            config, MoEShape(weights.num_experts, weights.hidden_size, weights.intermediate_size, 1, 1), weights.stored
-        )
+        e, h, i = weights.num_experts, weights.hidden_size, weights.intermediate_size
+        plan(config, MoEShape(e, h, i, top_k=1, rank=1), weights.stored)
     checkpoint.check_numbers(CheckpointNames(model, ()), dict(model.named_parameters()))
-
-
-def linear_routers(model_config: Any, checkpoint: Checkpoint, trust_remote_code: bool = False) -> list[str]:
-    """Routers, and gates of shared experts, that are linear layers: what bitsandbytes would quantise too.
-
-    Raises:
-        KTError: what is outside of the experts is quantised in the checkpoint already.
-    """
-    model = make_skeleton(model_config, trust_remote_code)
-    names, parameters = CheckpointNames(model, ()), dict(model.named_parameters())
-    experts = {h for holders in expert_modules(model).values() for h in holders}
-    for key in checkpoint.stored_keys():
-        name = names.parameter(key, parameters)
-        if name and not any(name.startswith(f"{holder}.") for holder in experts):
-            raise KTError(
-                f"quantization_config, quantization_bit: {key} is quantised in the checkpoint already, which "
-                "bitsandbytes would take for plain numbers. Leave it out."
-            )
-    blocks = {name.rpartition(".")[0]: layer.block for name, layer in find(model).items()}
-    return [
-        f"{name}.{child}"
-        for name, block in blocks.items()
-        for child, module in block.named_children()
-        if isinstance(module, nn.Linear)
-    ]
-
-
-def spare(quantised: Any, modules: list[str]) -> Any:
-    """bitsandbytes' configuration with some modules left as they are."""
-    if modules:
-        quantised = copy.deepcopy(quantised)
-        quantised.llm_int8_skip_modules = [*(quantised.llm_int8_skip_modules or ["lm_head"]), *modules]
-    return quantised
 
 
 def _check_on_devices(model: nn.Module) -> None:

@@ -25,7 +25,7 @@ from ktmoe.backends.torch.lora import ExpertLora, LowRows, by_expert
 from ktmoe.backends.torch.products import FromSource, Products
 from ktmoe.backends.torch.rows import Rows
 from ktmoe.interface import STATELESS, Backend
-from ktmoe.types import ExpertWeights, Gradients, Inputs, KTError, MoEShape
+from ktmoe.types import ExpertWeights, Gradients, Inputs, KTError, MoEShape, device_of
 
 
 _CHUNK = 256 * 2**20  # bytes of all rows' outputs that one pass may need; longer calls run in chunks of tokens
@@ -66,7 +66,7 @@ class TorchBackend(Backend):
         """
         self.weights, self.shape, self.compute_dtype = weights, shape, compute_dtype
         self._products: Products | None = products or FromSource(weights)
-        self._device = device_of(weights)
+        self._device = device_of(weights.gate_proj)
         # bf16 products on the CPU are oneDNN's, which compiles one for every number of rows.
         self._pad = compute_dtype == torch.bfloat16 and self._device.type == "cpu"
         self._ticket = STATELESS
@@ -216,9 +216,3 @@ class TorchBackend(Backend):
         for kept in self._kept:
             BUFFERS.give_back(kept.space)
         self._ticket, self._kept = STATELESS, []
-
-
-def device_of(weights: ExpertWeights) -> torch.device:
-    """Where the weights are, and the products run."""
-    stack = weights.gate_proj
-    return getattr(stack, "device", None) or stack[0].device

@@ -10,11 +10,11 @@ from collections.abc import Callable
 import torch
 
 from ktmoe import memory
-from ktmoe.backends.torch.backend import TorchBackend, device_of
+from ktmoe.backends.torch.backend import TorchBackend
 from ktmoe.backends.torch.products import FromSource, Packed, Products
 from ktmoe.kept import cpu_model, host, read, write
 from ktmoe.notices import say_once
-from ktmoe.types import ExpertWeights, MoEShape
+from ktmoe.types import ExpertWeights, MoEShape, device_of
 
 
 _COPIES = {"both": 2.0, "forward": 1.0, "off": 0.0}  # of the weights in bf16
@@ -31,7 +31,7 @@ def build(weights: ExpertWeights, shape: MoEShape, packing: str = "auto") -> Tor
         shape: what to build for.
         packing: `kt_torch_packing`.
     """
-    if device_of(weights).type != "cpu":
+    if device_of(weights.gate_proj).type != "cpu":
         return TorchBackend(weights, shape)
     size = weights.num_experts * 3 * shape.hidden_size * shape.intermediate_size * torch.bfloat16.itemsize
     if why_not := why_not_bf16(packed=packing != "off"):
