@@ -91,21 +91,55 @@ def examples(
 
 @app.command()
 def plan(
-    model: Annotated[str, typer.Argument(help="A folder with a config.json, or a hub name.")],
-    rank: Annotated[int, typer.Option(min=1, max=1024, help="LoRA rank of the routed experts.")] = 8,
+    model: Annotated[
+        str, typer.Argument(help="A folder with a config.json, a hub name, or a configuration as train's.")
+    ],
+    arguments: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Argument(help="After a configuration: its keys, as for train (key=value)."),
+    ] = None,
+    rank: Annotated[Optional[int], typer.Option(min=1, max=1024, help="LoRA rank (8).")] = None,  # noqa: UP045
+    sequences: Annotated[Optional[int], typer.Option(min=1, help="Of a batch (1).")] = None,  # noqa: UP045
+    length: Annotated[Optional[int], typer.Option(min=1, help="Tokens of each (2048).")] = None,  # noqa: UP045
+    checkpointing: Annotated[
+        Optional[bool],  # noqa: UP045
+        typer.Option(help="Whether activations are computed again in the backward (yes)."),
+    ] = None,
+    time: Annotated[bool, typer.Option("--time", help="Predict a step's time: measures for some seconds.")] = False,
     trust_remote_code: Annotated[bool, typer.Option(help="Let the model's own code run.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of the table.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of the tables.")] = False,
 ) -> None:
-    """What memory MODEL's routed experts take, in each format, and which fits here: from its configuration alone.
+    """What memory a training takes, by part and by format of the experts, and what fits here. No weight is read.
 
-    Exit code 1: none fits. For example: ktmoe plan Qwen/Qwen3-30B-A3B --rank 16
+    For a model, with LoRA on all its linear layers; or for a configuration of LLaMA-Factory with use_kt: true, whose
+    keys say the rest. Exit code 1: nothing fits.
+
+    For example: ktmoe plan Qwen/Qwen3-30B-A3B --rank 16 --length 4096, or ktmoe plan qwen3_moe_lora_sft_kt.yaml
     """
     from rich.console import Console
 
-    from ktmoe.memory_plan import show
+    from ktmoe import budget
+
+    options = {"rank": rank, "sequences": sequences, "length": length, "checkpointing": checkpointing}
+    given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
 
     def command() -> None:
-        raise typer.Exit(show(model, rank, as_json, Console(), trust_remote_code))
+        if model.endswith((".yaml", ".yml", ".json")):
+            from ktmoe.llamafactory import plan as of_training
+
+            if given:
+                raise KTError(f"--{next(iter(given))}: {model} says that. Give its own keys after it, as key=value.")
+            found = of_training([model, *(arguments or [])])
+        elif arguments:
+            raise KTError(f"{arguments[0]}: keys belong to a configuration; for a model there are --rank and others.")
+        else:
+            found = budget.of_model(model, trust_remote_code=trust_remote_code, **given)
+        seconds = budget.predict(found) if time else None
+        if as_json:
+            typer.echo(json.dumps({"model": model, **budget.as_json(found, seconds)}, indent=1))
+        else:
+            budget.show(found, seconds, Console())
+        raise typer.Exit(int(found.best is None))
 
     run(command)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,6 +76,11 @@ class KTConfig:
     kt_tp_enabled: bool = _key(
         False, "One pool of threads per NUMA node (at most 4), each holding a slice of every expert."
     )
+    kt_numa_nodes: Sequence[int] | None = _key(
+        None,
+        "NUMA nodes that the kernel's threads and weights are on, by their ids, e.g. [0, 2]; more than one with "
+        "kt_tp_enabled. Default: those where the process has most cores.",
+    )
     kt_num_gpu_experts: int = _key(0, "Experts kept on the GPU. Not built yet: only 0 is accepted.")
     kt_weight_path: str | None = _key(
         None, "Folder of packed INT8 weights, made by ktmoe quantize; needs kt_backend: AMXInt8."
@@ -101,6 +106,11 @@ class KTConfig:
         "their size in bf16), forward (1.0 x), off (none), or auto (as many as leave a quarter of the memory free).",
         choices=_one_of("auto", "both", "forward", "off"),
     )
+    kt_plan: str = _key(
+        "on",
+        "Whether memory is looked at before anything is loaded: on (what cannot fit is refused), off.",
+        choices=_one_of("on", "off"),
+    )
     kt_verify: str = _key(
         "quick",
         "How the kernel is checked before it is used: quick (seconds, once per shape, then each layer as it is "
@@ -124,6 +134,8 @@ class KTConfig:
                 raise KTError(f"{name}: got {value!r}; expected a whole number from 1 to {most}, or nothing.")
         if not isinstance(self.kt_tp_enabled, bool):
             raise KTError(f"kt_tp_enabled: got {self.kt_tp_enabled!r}; expected true or false.")
+        if self.kt_numa_nodes is not None:
+            object.__setattr__(self, "kt_numa_nodes", _node_ids(self.kt_numa_nodes))
         if isinstance(self.kt_num_gpu_experts, bool) or self.kt_num_gpu_experts != 0:
             raise KTError(
                 f"kt_num_gpu_experts: got {self.kt_num_gpu_experts!r}; only 0 is built so far (the kernel's own "
@@ -168,6 +180,9 @@ class KTConfig:
                 about["type"] = "boolean"
             elif isinstance(field.default, int):
                 about["const"] = field.default  # of a feature that is not built yet
+            elif field.name == "kt_numa_nodes":
+                ids = {"type": "array", "items": {"type": "integer", "minimum": 0}, "uniqueItems": True, "minItems": 1}
+                about["anyOf"] = [ids, {"type": ["integer", "string", "null"]}]
             else:
                 about["type"] = ["string", "null"]
             properties[field.name] = about
@@ -178,6 +193,19 @@ class KTConfig:
             "properties": properties,
             "propertyNames": {"anyOf": [{"not": {"pattern": "^kt_"}}, {"enum": [*properties, "kt_config"]}]},
         }
+
+
+def _node_ids(value: Any) -> tuple[int, ...]:
+    """A list of ids, one id, or either as a command line has it."""
+    parts: Any = value
+    if isinstance(value, str):
+        parts = [int(part) if part.strip().isdigit() else part for part in value.strip(" []").split(",")]
+    elif isinstance(value, int) and not isinstance(value, bool):
+        parts = [value]
+    whole = isinstance(parts, (list, tuple)) and all(type(p) is int and p >= 0 for p in parts)
+    if not whole or not parts or len(set(parts)) < len(parts):
+        raise KTError(f"kt_numa_nodes: got {value!r}; expected ids of NUMA nodes, each once, e.g. [0, 1].")
+    return tuple(parts)
 
 
 def _choice(name: str, value: Any, choices: tuple[str, ...]) -> str:

@@ -7,20 +7,22 @@ core that was given to somebody else.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from ktmoe.cgroups import ROOT, folders, text
 
 
-def usable_cores(root: Path = ROOT) -> int:
+def usable_cores(root: Path = ROOT, nodes: Iterable[int] | None = None) -> int:
     """Physical cores that the process may keep busy: those in its mask, no more than its quota, at least one.
 
     Args:
         root: where `/proc` and `/sys` are.
+        nodes: count only those of these NUMA nodes.
     """
     limit = quota(root)
-    found = len(cores(root))
+    near = None if nodes is None else sum(len(cores(root, node)) for node in set(nodes))
+    found = near or len(cores(root))  # none near: the system does not say where its cores are
     return max(1, found if limit is None else min(found, int(limit)))
 
 
@@ -34,7 +36,7 @@ def cores(root: Path = ROOT, node: int | None = None) -> list[list[int]]:
     system = root / "sys/devices/system"
     near = None if node is None else _ids(system / f"node/node{node}/cpulist")
     found: dict[str, list[int]] = {}
-    for cpu in sorted(_mask()):
+    for cpu in sorted(mask()):
         if near is None or cpu in near:
             siblings = text(system / f"cpu/cpu{cpu}/topology/thread_siblings_list") or str(cpu)
             found.setdefault(siblings, []).append(cpu)
@@ -42,10 +44,14 @@ def cores(root: Path = ROOT, node: int | None = None) -> list[list[int]]:
 
 
 def numa_nodes(root: Path = ROOT) -> list[int]:
-    """Ids of the NUMA nodes that have cores in the process's mask, [0] where the system does not say."""
+    """Ids of the NUMA nodes that have cores in the process's mask, [0] where the system does not say.
+
+    Those with most of its cores come first.
+    """
     names = (root / "sys/devices/system/node").glob("node[0-9]*")
     found = sorted(int(n.name.removeprefix("node")) for n in names)
-    return [n for n in found if cores(root, n)] or found[:1] or [0]
+    own = {n: len(cores(root, n)) for n in found}
+    return sorted((n for n in found if own[n]), key=lambda n: (-own[n], n)) or found[:1] or [0]
 
 
 def shares(threads: int, own: Sequence[Sequence[int]]) -> list[set[int]]:
@@ -69,6 +75,16 @@ def quota(root: Path = ROOT) -> float | None:
     return min(limits, default=None)
 
 
+def periods(root: Path = ROOT) -> list[tuple[int, int]]:
+    """Time slices of each quota so far, and those in which it stopped the process."""
+    found = []
+    for folder in folders("cpu", root):
+        stat = dict(line.split() for line in text(folder / "cpu.stat").splitlines() if len(line.split()) == 2)
+        if "nr_periods" in stat:
+            found.append((int(stat["nr_periods"]), int(stat["nr_throttled"])))
+    return found
+
+
 def _limit(folder: Path) -> float | None:
     allowed, _, period = text(folder / "cpu.max").partition(" ")
     if not allowed:
@@ -79,7 +95,8 @@ def _limit(folder: Path) -> float | None:
         return None
 
 
-def _mask() -> set[int]:
+def mask() -> set[int]:
+    """CPUs that the process may run on."""
     return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
 
 

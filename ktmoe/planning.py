@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from ktmoe.backends import TABLE, Plan, Row, kt
 from ktmoe.backends.kt import PackedLayer, PackedModel
 from ktmoe.config import KTConfig
-from ktmoe.cores import usable_cores
+from ktmoe.cores import numa_nodes, usable_cores
 from ktmoe.types import ExpertWeights, KTError, MoEShape
 from ktmoe.validation import check_shape
 
@@ -36,12 +38,43 @@ def plan(config: KTConfig, shape: MoEShape, stored: str | None = None) -> Plan:
     check_shape(shape)
     chosen, reasons = _choose(config, shape, stored)
     row = TABLE[chosen]
-    tp = row.largest_tp(shape) if config.kt_tp_enabled else 1
+    nodes = _nodes(config, row, shape)
+    tp = len(nodes) or 1
     if config.kt_weight_path and row.takes_packed:
         PackedModel(config.kt_weight_path).check(shape, tp, kt.version())
-    threads = config.kt_num_threads or (max(1, usable_cores() - cores_to_leave()) if row.is_kernel else None)
+    own = usable_cores(nodes=nodes)
+    threads = config.kt_num_threads or (max(1, own - cores_to_leave(own)) if row.is_kernel else None)
     share = config.kt_share_backward != "off"
-    return Plan(chosen, threads, tp, config.kt_max_len or 4096, share, config.kt_torch_packing, reasons)
+    return Plan(chosen, threads, tp, config.kt_max_len or 4096, share, config.kt_torch_packing, nodes, reasons)
+
+
+def _nodes(config: KTConfig, row: Row, shape: MoEShape) -> tuple[int, ...]:
+    """Of the kernel's pools, one for each part that the experts are divided into."""
+    if not row.is_kernel:
+        return ()
+    there, named = numa_nodes(), config.kt_numa_nodes
+    if named and (lost := [n for n in named if n not in there]):
+        raise KTError(
+            f"kt_numa_nodes: got {_listed(named)}; this process has cores on {_listed(there)} (/sys and its affinity "
+            f"mask say), and none on {_listed(lost)}. Name some of those, or leave it out."
+        )
+    if named and len(named) > 1 and not config.kt_tp_enabled:
+        raise KTError(
+            f"kt_numa_nodes: got {_listed(named)}; without kt_tp_enabled the experts are in the memory of one node. "
+            "Write kt_tp_enabled: true too, or one node."
+        )
+    nodes = named or there
+    tp = row.largest_tp(shape, len(nodes)) if config.kt_tp_enabled else 1
+    if named and tp < len(named):
+        raise KTError(
+            f"kt_numa_nodes: got {_listed(named)}; experts with an intermediate size of {shape.intermediate_size} "
+            f"divide into {tp} parts at most for {row.name}. Name {tp} of them."
+        )
+    return tuple(nodes[:tp])
+
+
+def _listed(nodes: Sequence[int]) -> str:
+    return f"node{'s' if len(nodes) > 1 else ''} {', '.join(map(str, nodes))}"
 
 
 def _choose(config: KTConfig, shape: MoEShape, stored: str | None) -> tuple[str, tuple[tuple[str, str], ...]]:
@@ -52,7 +85,7 @@ def _choose(config: KTConfig, shape: MoEShape, stored: str | None) -> tuple[str,
         for name, row in TABLE.items():
             if row.stored not in ("", stored):
                 continue
-            why = row.why_not(shape) or _no_sharing(row, config)
+            why = row.why_not(shape) or _no_sharing(row, config) or _not_bound(row, config)
             if not why:
                 return name, tuple(against)
             against.append((name, why))
@@ -62,11 +95,12 @@ def _choose(config: KTConfig, shape: MoEShape, stored: str | None) -> tuple[str,
             f"kt_backend: {wanted} takes experts that the checkpoint holds in {_IN_WORDS[TABLE[wanted].stored]}; this "
             f"model's are {_IN_WORDS[stored]}. Write kt_backend: auto, or AMXInt8, which quantises any."
         )
-    if why := TABLE[wanted].refuse_shape(shape) or _no_sharing(TABLE[wanted], config):
+    row = TABLE[wanted]
+    if why := row.refuse_shape(shape) or _no_sharing(row, config) or _not_bound(row, config):
         raise KTError(why)
     if why := TABLE[wanted].refuse_host():
-        unused = "; kt_weight_path is of no use here" if config.kt_weight_path else ""
-        return "torch", ((wanted, why + unused),)
+        unused = [key for key in ("kt_weight_path", "kt_numa_nodes") if getattr(config, key)]
+        return "torch", ((wanted, why + "".join(f"; {key} is of no use here" for key in unused)),)
     return wanted, ()
 
 
@@ -79,11 +113,23 @@ def _no_sharing(row: Row, config: KTConfig) -> str:
     )
 
 
-def cores_to_leave() -> int:
+def _not_bound(row: Row, config: KTConfig) -> str:
+    if not config.kt_numa_nodes or row.is_kernel:
+        return ""
+    return (
+        f"kt_numa_nodes: got {_listed(config.kt_numa_nodes)}; it binds the kernel's threads, and kt_backend: "
+        f"{row.name} computes with torch's. Start the process under numactl --cpunodebind instead, and leave it out."
+    )
+
+
+def cores_to_leave(own: int) -> int:
     """Cores that the kernel's default leaves: one for its queue, whose thread spins while the others compute, and more
     for the caller's own torch on large hosts.
+
+    Args:
+        own: the cores that there are.
     """
-    return max(1, usable_cores() // 16)
+    return max(1, own // 16)
 
 
 def find_packed(plan: Plan, weights: ExpertWeights, config: KTConfig) -> PackedLayer | None:

@@ -18,6 +18,7 @@ from ktmoe_reference import LORA_NAMES
 from torch import Tensor
 
 from ktmoe import recording
+from ktmoe.drift import WATCH
 from ktmoe.interface import Backend
 from ktmoe.memory import available, total
 from ktmoe.notices import say_once
@@ -95,6 +96,7 @@ class RetainedForwards(Backend):
         start = time.perf_counter()
         with self._lock:
             self._kept, self._waiting = None, 0
+            WATCH.look()
             grads = self.backend.backward(ticket, inputs, grad_output)
             recording.trained(start, id(self), inputs, self.shape)
             return grads

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import psutil
 
 from ktmoe import memory
-from ktmoe.backends import TABLE, Plan, kt
+from ktmoe.backends import TABLE, Memory, Plan, kt
 from ktmoe.config import KTConfig
 from ktmoe.planning import plan
 from ktmoe.types import KTError, MoEShape
@@ -35,11 +35,13 @@ class Way:
         keys: to write.
         size: bytes of the process's memory that their weights take.
         why_not: why this machine cannot compute so, "" if it can.
+        activations: bytes from their forwards to their backwards, of one batch.
     """
 
     keys: Mapping[str, str]
     size: int
     why_not: str = ""
+    activations: int = 0
 
 
 def free_memory() -> int:
@@ -47,26 +49,76 @@ def free_memory() -> int:
     return memory.available() + psutil.swap_memory().free + kt.idle_bytes()
 
 
-def ways(shapes: Sequence[MoEShape], stored: str = "") -> Iterator[Way]:
+def ways(shapes: Sequence[MoEShape], stored: str = "", tokens: int = 0, one_at_a_time: bool = False) -> Iterator[Way]:
     """How the experts can be held, from the fastest way to the smallest.
 
     Args:
         shapes: of every layer.
         stored: the format of the weights, as `ExpertWeights.stored`.
+        tokens: of a batch.
+        one_at_a_time: whether a layer's backward follows its forward before the next layer's, as checkpointing has it
+            where forwards are not retained.
     """
     for keys in WAYS:
         row = TABLE[keys["kt_backend"]]
         if row.stored not in ("", stored):
             continue
         share = keys.get("kt_share_backward") == "on"
-        planned = Plan(row.name, None, 1, 1, share, keys.get("kt_torch_packing", "auto"))
+        planned = Plan(row.name, None, 1, 4096, share, keys.get("kt_torch_packing", "auto"))
         why_not = next((why for shape in set(shapes) if (why := row.refuse_shape(shape))), "") or row.refuse_host()
-        yield Way(keys, _bytes([(planned, shape) for shape in shapes]), why_not)
+        called = [row.activations(planned, row.built_for(shape), tokens) for shape in shapes]
+        if one_at_a_time and not row.is_kernel:  # an object of the kernel keeps what it has
+            called = [Memory(0, once=part.each + part.once) for part in called]
+        yield Way(keys, _bytes([(planned, shape) for shape in shapes]), why_not, _sum(called))
 
 
 def _bytes(layers: Sequence[tuple[Plan, MoEShape]]) -> int:
-    parts = [TABLE[planned.backend].memory(planned, shape) for planned, shape in layers]
+    return _sum([TABLE[planned.backend].memory(planned, shape) for planned, shape in layers])
+
+
+def _sum(parts: Sequence[Memory]) -> int:
     return sum(part.each for part in parts) + max((part.once for part in parts), default=0)
+
+
+def allowed(way: Way, config: KTConfig) -> bool:
+    """Whether a configuration leaves this way open. `auto` quantises nothing unasked."""
+    if config.kt_backend == "auto" and way.keys["kt_backend"] == "AMXInt8":
+        return False
+    wanted = {name: getattr(config, name) for name in ("kt_backend", *way.keys)}
+    return all(value in ("auto", way.keys[name]) for name, value in wanted.items())
+
+
+def check_least(config: KTConfig, shapes: Sequence[MoEShape], stored: str, rest: int) -> None:
+    """Refuses, before anything is loaded, a model that does not fit however its experts are held.
+
+    Args:
+        config: as the user wrote it.
+        shapes: of every layer.
+        stored: the format of the weights, as `ExpertWeights.stored`.
+        rest: bytes of host memory for what is not routed experts.
+
+    Raises:
+        KTError: names the sizes and the keys with which they fit.
+    """
+    if config.kt_plan == "off":
+        return
+    found = [way for way in ways(shapes, stored) if not way.why_not]
+    mine, free = [way for way in found if allowed(way, config)], free_memory()
+    least = min((way.size for way in mine), default=0)
+    if least + rest <= free:
+        return
+    others = [way for way in found if way not in mine and way.size + rest <= free]
+    raise KTError(
+        f"kt_backend: {config.kt_backend}: the routed experts take {gigabytes(least)} of memory at least, everything "
+        f"else in host memory {gigabytes(rest)}, and {gigabytes(free)} are free, swap included. {_remedy(others)} "
+        "kt_plan: off goes on all the same."
+    )
+
+
+def _remedy(fits: Sequence[Way]) -> str:
+    if not fits:
+        return "A machine with more memory is needed."
+    return f"What fits: {'; '.join(f'{as_keys(way.keys)} ({gigabytes(way.size)})' for way in fits[:3])}."
 
 
 def check_room(config: KTConfig, shapes: Sequence[MoEShape], stored: str = "") -> None:
@@ -81,13 +133,12 @@ def check_room(config: KTConfig, shapes: Sequence[MoEShape], stored: str = "") -
         KTError: names both sizes and the keys with which they fit.
     """
     size, free = _bytes([(plan(config, shape, stored), shape) for shape in shapes]), free_memory()
-    if size <= free:
+    if size <= free or config.kt_plan == "off":
         return
     fits = [way for way in ways(shapes, stored) if not way.why_not and way.size <= free]
-    shown = "; ".join(f"{as_keys(way.keys)} ({gigabytes(way.size)})" for way in fits[:3])
     raise KTError(
         f"kt_backend: {config.kt_backend}: the routed experts take {gigabytes(size)} of memory, and {gigabytes(free)} "
-        f"are free, swap included. {'What fits: ' + shown + '.' if shown else 'A machine with more memory is needed.'}"
+        f"are free, swap included. {_remedy(fits)} kt_plan: off goes on all the same."
     )
 
 

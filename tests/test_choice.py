@@ -9,7 +9,7 @@ from helpers import SMALL, weights
 
 from ktmoe import KTConfig, MoEExperts
 from ktmoe.backends import is_kernel
-from ktmoe.gate import choice, measuring
+from ktmoe.gate import choice
 from ktmoe.gate.choice import bf16_bytes, settle
 from ktmoe.planning import plan
 from ktmoe.types import MoEShape
@@ -23,8 +23,8 @@ kernel = pytest.mark.kernel
 def said(monkeypatch):
     monkeypatch.setattr("ktmoe.notices._said", set())
     monkeypatch.setattr(choice, "_shared", {})
-    monkeypatch.setattr(choice, "usable_cores", lambda: 8)
-    monkeypatch.setattr("ktmoe.planning.usable_cores", lambda: 8)
+    monkeypatch.setattr(choice, "usable_cores", lambda nodes=None: 8)
+    monkeypatch.setattr("ktmoe.planning.usable_cores", lambda nodes=None: 8)
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")
         yield found
@@ -34,11 +34,11 @@ def answer(monkeypatch, **times):
     """Has the measuring process answer: seconds by "torch", "kernel1", "kernel7"; 9 for all others."""
     asked = []
 
-    def measured(shape, plans, stored):
+    def measured(shape, plans, stored, tokens):
         own = {"fp8": "AMXFP8"}.get(stored)
         names = {p.backend: "own" if p.backend == own else "kernel" for p in plans}
         asked.append([f"{names[p.backend]}{p.threads}" if is_kernel(p) else p.backend for p in plans])
-        return [times.get(name, 9.0) for name in asked[-1]]
+        return [(times.get(name, 9.0), 0.0) for name in asked[-1]]
 
     monkeypatch.setattr(choice, "_measured", measured)
     return asked
@@ -126,7 +126,9 @@ def test_a_measurement_is_kept_and_a_failed_one_is_said(monkeypatch, said, tmp_p
         calls.append(command)
         if len(calls) == 1:
             raise subprocess.CalledProcessError(1, command, stderr="Traceback\nMemoryError")
-        return subprocess.CompletedProcess(command, 0, stdout="noise\n[5, 4, 3, 2, 1, 6]\n")
+        return subprocess.CompletedProcess(
+            command, 0, stdout="noise\n[[5, 0], [4, 0], [3, 0], [2, 0], [1, 0], [6, 0]]\n"
+        )
 
     monkeypatch.setattr(choice.subprocess, "run", run)
     found = settle(KTConfig(), LARGE, 0)
@@ -142,23 +144,40 @@ def test_a_measurement_is_kept_and_a_failed_one_is_said(monkeypatch, said, tmp_p
 @kernel
 def test_measuring_really(monkeypatch, tmp_path):
     monkeypatch.setenv("KTMOE_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(choice, "usable_cores", lambda: 2)
-    monkeypatch.setattr("ktmoe.planning.usable_cores", lambda: 2)
-    seconds = choice._measured(SMALL, choice._candidates(["AMXBF16", "torch"], KTConfig(), SMALL, ""), "")
+    monkeypatch.setattr(choice, "usable_cores", lambda nodes=None: 2)
+    monkeypatch.setattr("ktmoe.planning.usable_cores", lambda nodes=None: 2)
+    seconds = choice._measured(SMALL, choice._candidates(["AMXBF16", "torch"], KTConfig(), SMALL, ""), "", 512)
     assert len(seconds) == 3
-    assert all(0 < s < 10 for s in seconds)
+    assert all(0 < s < 10 for both in seconds for s in both)
 
 
 def test_a_part_of_the_experts_stands_for_all():
-    part, tokens = measuring.part_of(MoEShape(128, 2048, 768, 8, 8))
+    part, tokens = choice.part_of(MoEShape(128, 2048, 768, 8, 8), 512)
     assert (part.num_experts, tokens) == (12, 48)  # 32 rows for each expert, as 512 tokens give 128 of them
-    part, tokens = measuring.part_of(MoEShape(8, 4096, 14336, 2, 8))
+    part, tokens = choice.part_of(MoEShape(8, 4096, 14336, 2, 8), 512)
     assert (part.num_experts, tokens) == (4, 256)
-    assert measuring.part_of(SMALL) == (SMALL, 512)
+    assert choice.part_of(SMALL, 512) == (SMALL, 512)
 
 
 @kernel
 def test_the_kernel_leaves_a_core(monkeypatch):
     for cores, threads in ((1, 1), (2, 1), (8, 7), (64, 60)):
-        monkeypatch.setattr("ktmoe.planning.usable_cores", lambda cores=cores: cores)
+        monkeypatch.setattr("ktmoe.planning.usable_cores", lambda nodes, cores=cores: cores)
         assert plan(KTConfig(), SMALL).threads == threads
+
+
+@kernel
+def test_a_speed_is_that_of_all_experts(monkeypatch):
+    monkeypatch.setattr(choice, "_measured", lambda shape, plans, stored, tokens: [(0.1, 0.01)] * len(plans))
+    shape = MoEShape(128, 2048, 768, 8, 8)
+    found = choice.speed(KTConfig(kt_backend="AMXBF16", kt_num_threads=1), shape, "", 1024)
+    assert found.experts == pytest.approx(0.1 * 128 / 12, rel=0.02)
+    assert found.dense == pytest.approx(24 * 1024 * 12 / 128 * 2048**2 / 0.01, rel=0.02)
+
+
+@kernel
+def test_named_nodes_leave_torch_out(monkeypatch):
+    monkeypatch.setattr("ktmoe.planning.numa_nodes", lambda: [0, 2])
+    asked = answer(monkeypatch, torch=0.1, kernel4=0.2)
+    assert settle(KTConfig(kt_numa_nodes=[2]), LARGE, 0).kt_num_threads == 4
+    assert all("torch" not in names for names in asked)

@@ -1,6 +1,7 @@
 """Cores that are the process's own, from drawn `/proc` and `/sys`; and the kernel's threads on them."""
 
 import os
+from dataclasses import replace
 
 import pytest
 from helpers import KERNELS, SMALL, run_python, weights
@@ -10,6 +11,7 @@ from ktmoe import cores as module
 from ktmoe.config import KTConfig
 from ktmoe.cores import cores, numa_nodes, quota, shares, usable_cores
 from ktmoe.planning import plan
+from ktmoe.types import KTError, MoEShape
 
 
 def tree(root, files):
@@ -21,7 +23,7 @@ def tree(root, files):
 
 def two_sockets(root, mask, monkeypatch):
     """Two nodes of two cores with two hyper-threads each; CPU n + 4 is the sibling of CPU n."""
-    monkeypatch.setattr(module, "_mask", lambda: mask)
+    monkeypatch.setattr(module, "mask", lambda: mask)
     system = "sys/devices/system"
     files = {f"{system}/cpu/cpu{n}/topology/thread_siblings_list": f"{n % 4},{n % 4 + 4}" for n in range(8)}
     return tree(root, files | {f"{system}/node/node{n}/cpulist": f"{2 * n}-{2 * n + 1},{2 * n + 4}" for n in (0, 1)})
@@ -98,6 +100,57 @@ def test_nodes_of_the_mask(tmp_path, monkeypatch):
     assert numa_nodes(tmp_path) == [1]  # a pool on node 0 would leave the mask
 
 
+def test_nodes_with_most_cores_come_first(tmp_path, monkeypatch):
+    two_sockets(tmp_path, {0, 2, 3, 7}, monkeypatch)
+    assert numa_nodes(tmp_path) == [1, 0]
+    assert usable_cores(tmp_path, [1]) == 2
+    assert usable_cores(tmp_path, [0]) == 1
+    assert usable_cores(tmp_path, [0, 1]) == 3
+    assert usable_cores(tmp_path, [5]) == 3  # of which nothing is known
+
+
+SIX = MoEShape(num_experts=4, hidden_size=64, intermediate_size=384, top_k=2, rank=4)  # 1, 2 or 3 parts
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize(
+    ("keys", "nodes"),
+    [
+        ({}, (4,)),
+        ({"kt_tp_enabled": True}, (4, 0, 7)),  # four nodes, and three parts at most
+        ({"kt_tp_enabled": True, "kt_numa_nodes": [0, 2]}, (0, 2)),
+        ({"kt_tp_enabled": True, "kt_numa_nodes": "7,0"}, (7, 0)),
+        ({"kt_numa_nodes": 7}, (7,)),
+    ],
+)
+def test_pools_are_on_the_nodes_that_were_named(monkeypatch, kernel, keys, nodes):
+    """Ids need not be 0 to n - 1."""
+    monkeypatch.setattr("ktmoe.planning.numa_nodes", lambda: [4, 0, 7, 2])
+    found = plan(KTConfig(kt_backend="AMXInt8", **keys), SIX)
+    assert (found.nodes, found.tp) == (nodes, len(nodes))
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"kt_numa_nodes": [0, 2]}, "kt_tp_enabled: true too"),
+        ({"kt_numa_nodes": [5]}, "none on node 5"),
+        ({"kt_tp_enabled": True, "kt_numa_nodes": [4, 0, 7, 2]}, "divide into 3 parts at most"),
+        ({"kt_backend": "torch", "kt_numa_nodes": [0]}, "numactl --cpunodebind"),
+        ({"kt_numa_nodes": []}, "expected ids of NUMA nodes"),
+        ({"kt_numa_nodes": [0, 0]}, "each once"),
+        ({"kt_numa_nodes": [True]}, "expected ids of NUMA nodes"),
+        ({"kt_numa_nodes": "0,a"}, "expected ids of NUMA nodes"),
+        ({"kt_numa_nodes": -1}, "expected ids of NUMA nodes"),
+    ],
+)
+def test_nodes_that_cannot_be_are_refused(monkeypatch, keys, said):
+    monkeypatch.setattr("ktmoe.planning.numa_nodes", lambda: [4, 0, 7, 2])
+    monkeypatch.setitem(backends.TABLE, "AMXInt8", replace(backends.TABLE["AMXInt8"], refuse_host=lambda: ""))
+    with pytest.raises(KTError, match=said):
+        plan(KTConfig(**({"kt_backend": "AMXInt8"} | keys)), SIX)
+
+
 def test_every_thread_has_cores_of_its_own():
     own = [[0, 4], [1, 5], [2], [3]]
     assert shares(4, own) == [{0, 4}, {1, 5}, {2}, {3}]
@@ -151,7 +204,7 @@ def test_two_kernel_threads_have_two_cores(kernel):
 
 @pytest.mark.parametrize(("threads", "said"), [(3, 1), (2, 0), (None, 0)])
 def test_more_threads_than_cores_are_said_once(monkeypatch, recwarn, threads, said):
-    monkeypatch.setattr(backends, "usable_cores", lambda: 2)
+    monkeypatch.setattr(backends, "usable_cores", lambda nodes=None: 2)
     monkeypatch.setattr("ktmoe.notices._said", set())
     config = KTConfig(kt_backend="torch", kt_num_threads=threads)
     for _ in range(2):

@@ -254,9 +254,9 @@ def test_packed_for_other_parts(tmp_path, monkeypatch):
     pack(layers(WIDE, 2), tmp_path, "drawn", tp=2, threads=2)
     with pytest.raises(KTError, match=r"packed for 2 parts .* make 1.*ktmoe quantize MODEL OUT\."):
         load(tmp_path, shape=WIDE)
-    monkeypatch.setattr("ktmoe.backends.kt.rows.numa_nodes", lambda: [0, 1])
+    monkeypatch.setattr("ktmoe.planning.numa_nodes", lambda: [0, 1])
     load(tmp_path, shape=WIDE, kt_tp_enabled=True).close()
-    monkeypatch.setattr("ktmoe.backends.kt.rows.numa_nodes", lambda: [0, 1, 2, 3])
+    monkeypatch.setattr("ktmoe.planning.numa_nodes", lambda: [0, 1, 2, 3])
     with pytest.raises(KTError, match=r"packed for 2 parts .* make 4.*--tp 4"):
         load(tmp_path, shape=WIDE, kt_tp_enabled=True)
 

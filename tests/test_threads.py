@@ -54,7 +54,7 @@ def test_kt_num_threads_holds_for_torchs_own_work(monkeypatch, name, threads):
     ("omp", "threads", "said"), [("1", None, 1), ("1", 1, 0), ("4", None, 1), (None, None, 0), ("8", 8, 0)]
 )
 def test_fewer_threads_than_cores_are_said_once(monkeypatch, recwarn, omp, threads, said):
-    monkeypatch.setattr(backends, "usable_cores", lambda: 8)
+    monkeypatch.setattr(backends, "usable_cores", lambda nodes=None: 8)
     monkeypatch.setattr("ktmoe.notices._said", set())
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     if omp:

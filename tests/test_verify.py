@@ -17,7 +17,7 @@ from ktmoe import KTError, cli
 from ktmoe.backends import KERNEL_BACKENDS, TABLE, Limits, kt
 from ktmoe.backends.kt import extension
 from ktmoe.types import MoEShape
-from ktmoe.verify import accuracy, environment, plots, report, results, throughput, traps, weights
+from ktmoe.verify import accuracy, environment, placement, plots, report, results, throughput, traps, weights
 
 
 @pytest.fixture
@@ -199,6 +199,27 @@ def check_page(text):
     assert {"svg", "table", "h2"} <= page.seen
 
 
+def test_memory_of_each_node_is_what_linux_says():
+    text = (
+        "7f00 default anon=100 dirty=100 N0=60 N1=40 kernelpagesize_kB=4\n"
+        "7f10 default file=/lib/x.so mapped=9 N0=9 kernelpagesize_kB=4\n"
+        "7f20 bind:1 anon=2 dirty=2 N1=2 kernelpagesize_kB=2048\n"
+    )
+    assert placement.memory_by_node(text) == {0: 60 * 4096, 1: 40 * 4096 + 2 * 2**21}
+    assert placement.counts(1) == [1]
+    assert placement.counts(6) == [1, 2, 4, 6]
+
+
+@pytest.mark.kernel
+def test_placement_of_a_small_layer(monkeypatch, tmp_path, kernel):
+    monkeypatch.setattr(placement, "SHAPES", {placement._SHAPE: MoEShape(4, 64, 64, 2, 4)})
+    assert placement.main(["--tokens", "32", "--rounds", "1", "--output", str(tmp_path)]) == 0
+    data = json.loads((tmp_path / "placement.json").read_text())["data"]
+    (run,) = [run for run in data["runs"] if len(run["nodes"]) == 1]
+    assert "1" in run["seconds"]
+    assert all(run["threads"]), run
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_the_whole_command(model, tmp_path):
@@ -208,7 +229,7 @@ def test_the_whole_command(model, tmp_path):
     assert done.returncode == (0 if kt.available() else 1), done.stdout + done.stderr
     result = json.loads((tmp_path / "out" / "report.json").read_text())
     assert result["verdict"] == ("pass" if kt.available() else "not verified")
-    assert list(result["sections"]) == ["accuracy", "traps", "soak", "throughput"]
+    assert list(result["sections"]) == ["accuracy", "traps", "soak", "placement", "throughput"]
     runs = result["sections"]["accuracy"]["data"]["runs"]
     takes_it = [n for n in KERNEL_BACKENDS if kt.available() and not TABLE[n].stored]  # in bf16
     assert {r["backend"] for r in runs} == {"torch", *takes_it}

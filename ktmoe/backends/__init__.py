@@ -8,7 +8,7 @@ from torch import get_num_threads  # `torch` is a module of this package
 
 from ktmoe.backends import kt, reference, torch
 from ktmoe.backends.kt import PackedLayer
-from ktmoe.backends.row import Limits, Plan, Row
+from ktmoe.backends.row import Limits, Memory, Plan, Row
 from ktmoe.backends.torch import TorchBackend
 from ktmoe.cores import usable_cores
 from ktmoe.interface import Backend
@@ -16,7 +16,7 @@ from ktmoe.notices import say_once
 from ktmoe.types import ExpertWeights, MoEShape
 
 
-__all__ = ["KERNEL_BACKENDS", "TABLE", "Limits", "Plan", "Row", "TorchBackend", "build", "is_kernel", "kt"]
+__all__ = ["KERNEL_BACKENDS", "TABLE", "Limits", "Memory", "Plan", "Row", "TorchBackend", "build", "is_kernel", "kt"]
 
 # What needs weights that are stored in its format stands before what takes any. What quantises them stands behind what
 # does not: `auto` never does it unasked.
@@ -46,10 +46,13 @@ def build(
     """
     if plan.note:
         say_once(f"ktmoe: the routed experts run on the {plan.backend} backend ({plan.note}).")
-    if plan.threads and plan.threads > usable_cores():
+    usable = usable_cores(nodes=plan.nodes or None)
+    if plan.threads and plan.threads > usable:
+        where = f" on NUMA node{'s' if plan.tp > 1 else ''} {', '.join(map(str, plan.nodes))}" if plan.nodes else ""
+        more = ", or use more nodes with kt_tp_enabled" if usable < usable_cores() else ""
         say_once(
-            f"ktmoe: kt_num_threads: {plan.threads} threads on the {usable_cores()} cores that this process may use "
-            "(physical cores, affinity mask, container quota): they will wait for each other. Leave it out."
+            f"ktmoe: kt_num_threads: {plan.threads} threads on the {usable} cores that this process may use{where} "
+            f"(physical cores, affinity mask, container quota): they will wait for each other. Leave it out{more}."
         )
     made = TABLE[plan.backend].build(plan, weights, shape, scaling, packed)
     if not is_kernel(plan):

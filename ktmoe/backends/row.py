@@ -30,7 +30,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of this process's memory that frozen weights take; pages of mapped files are none of them.
+    """Bytes of this process's memory; pages of mapped files are none of them.
 
     Attributes:
         each: of every layer.
@@ -52,6 +52,7 @@ class Plan:
         max_len: tokens per kernel call.
         share_backward: whether the layers share one repacked backward buffer.
         torch_packing: copies of the weights that the torch backend may make.
+        nodes: ids of the NUMA nodes that the kernel's parts are on, one for each; none where it does not compute.
         reasons: the backends that came first and cannot serve, each with the reason.
     """
 
@@ -61,6 +62,7 @@ class Plan:
     max_len: int
     share_backward: bool
     torch_packing: str = "auto"
+    nodes: tuple[int, ...] = ()
     reasons: tuple[tuple[str, str], ...] = ()
 
     @property
@@ -77,7 +79,11 @@ def _no_memory(plan: Plan, shape: MoEShape) -> Memory:
     return Memory(0)
 
 
-def _one_part(shape: MoEShape) -> int:
+def _no_activations(plan: Plan, shape: MoEShape, tokens: int) -> Memory:
+    return Memory(0)
+
+
+def _one_part(shape: MoEShape, wanted: int) -> int:
     return 1
 
 
@@ -95,10 +101,11 @@ class Row:
         describe: where it computes, for people.
         refuse_shape: why it cannot take a shape on any host, "" if it can.
         refuse_host: why it cannot run on this host, "" if it can.
-        largest_tp: how many parts of the intermediate dimension this host's NUMA nodes give a shape.
+        largest_tp: how many parts of the intermediate dimension a shape divides into, up to a number that is wanted.
         is_kernel: whether it is somebody else's code, which has to pass the gate.
         takes_packed: whether it loads the files of `kt_weight_path`.
-        memory: what a layer's weights take.
+        memory: what a layer's frozen weights take.
+        activations: what a call of so many tokens takes from its forward to its backward; once: while it runs.
         stored: the format in which the source must hold the weights, as `ExpertWeights.stored`; "" for any.
         rank: the only LoRA rank that it is built for, smaller ones being padded; None for any.
         own_backward: whether each layer may have backward weights of its own (`kt_share_backward: off`).
@@ -112,10 +119,11 @@ class Row:
     describe: Callable[[], str]
     refuse_shape: Callable[[MoEShape], str] = _nothing
     refuse_host: Callable[[], str] = _nothing
-    largest_tp: Callable[[MoEShape], int] = _one_part
+    largest_tp: Callable[[MoEShape, int], int] = _one_part
     is_kernel: bool = False
     takes_packed: bool = False
     memory: Callable[[Plan, MoEShape], Memory] = _no_memory
+    activations: Callable[[Plan, MoEShape, int], Memory] = _no_activations
     stored: str = ""
     own_backward: bool = True
     rank: int | None = None

@@ -1,8 +1,8 @@
 """May this backend compute? The contract that every backend keeps, and the two checks that stand before the kernel."""
 
 from ktmoe.gate import contract, distance
-from ktmoe.gate.choice import bf16_bytes, settle
+from ktmoe.gate.choice import Speed, bf16_bytes, settle, speed
 from ktmoe.gate.gate import ensure_verified, probe
 
 
-__all__ = ["bf16_bytes", "contract", "distance", "ensure_verified", "probe", "settle"]
+__all__ = ["Speed", "bf16_bytes", "contract", "distance", "ensure_verified", "probe", "settle", "speed"]

@@ -31,8 +31,9 @@ def subject(plan: Plan, shape: MoEShape) -> dict[str, Any]:
 
 
 def what_runs(plan: Plan) -> dict[str, Any]:
-    """A plan without the reasons for it, and without what concerns torch alone."""
-    return {k: v for k, v in asdict(plan).items() if k not in ("reasons", "torch_packing")}
+    """A plan as JSON has it, without the reasons for it, and without what concerns torch alone."""
+    found = {k: v for k, v in asdict(plan).items() if k not in ("reasons", "torch_packing")}
+    return found | {"nodes": list(plan.nodes)}
 
 
 def exists(about: dict[str, Any]) -> bool:

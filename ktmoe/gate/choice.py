@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 
 from ktmoe import memory
 from ktmoe.backends import KERNEL_BACKENDS, TABLE, Plan, is_kernel
@@ -24,6 +24,9 @@ from ktmoe.types import KTError, MoEShape
 _COMFORTABLE = 0.6  # of the free memory: what both copies of all weights may take
 _WORTH_IT = 16 * 2**20  # bytes of a layer's experts; smaller ones are not measured
 _shared: dict[int, str] = {}  # by bytes of all experts
+_TOKENS = 512  # of a layer, where backends are compared
+_ENOUGH = 96 * 2**20  # bytes of bf16 weights that are measured of a layer
+_DENSE = 24  # operations of the dense products that are measured beside the experts, in tokens x H^2
 _TIMEOUT = 120  # seconds; measuring takes three to ten
 
 
@@ -48,9 +51,10 @@ def settle(config: KTConfig, shape: MoEShape, size: int, stored: str = "") -> KT
     candidates = _candidates(kinds, config, shape, stored)
     if len(candidates) < 2 or bf16_bytes(shape) < _WORTH_IT:
         return config
-    times = _measured(shape, candidates, stored)
+    measured = _measured(shape, candidates, stored, _TOKENS)
     best = plan(config, shape, stored)
-    if times is not None:
+    if measured is not None:
+        times = [sum(both) for both in measured]
         best = candidates[times.index(min(times))]
         shown = "; ".join(f"{_name(p)}: {1e3 * t:.3g} ms" for p, t in zip(candidates, times, strict=True))
         say_once(f"ktmoe: {_name(best)} is the fastest on this machine for experts of these sizes ({shown}).")
@@ -68,9 +72,10 @@ def _kinds(config: KTConfig, size: int, stored: str) -> list[str]:
     """Backends to compare: of `auto`, what computes with the weights as they are, or cast to bf16 where that fits."""
     if config.kt_backend != "auto":
         return [config.kt_backend]
+    torch = [] if config.kt_numa_nodes else ["torch"]
     own = [name for name, row in TABLE.items() if stored and row.stored == stored]
     fits = not own or size < _COMFORTABLE * memory.available()
-    return [*own, *(["AMXBF16"] if fits else []), "torch"]
+    return [*own, *(["AMXBF16"] if fits else []), *torch]
 
 
 def _kernel_can(kind: str, config: KTConfig, shape: MoEShape, stored: str) -> bool:
@@ -93,15 +98,15 @@ def _share(kinds: list[str], size: int) -> str:
 
 def _candidates(kinds: list[str], config: KTConfig, shape: MoEShape, stored: str) -> list[Plan]:
     """Plans to compare. A kernel thread waits by spinning, and so does the queue's own: often one less is more."""
-    cores = usable_cores()
-    counts = sorted({n for n in (cores, cores - cores_to_leave(), cores // 2, cores // 4, 1) if n > 0}, reverse=True)
     found = []
     for kind in kinds:
         one = plan(replace(config, kt_backend=kind), shape, stored)
         if kind == "torch" or config.kt_num_threads:
             found.append(one)
-        else:
-            found += [replace(one, threads=n) for n in counts]
+            continue
+        own = usable_cores(nodes=one.nodes)
+        counts = {n for n in (own, own - cores_to_leave(own), own // 2, own // 4, one.tp) if n >= one.tp}
+        found += [replace(one, threads=n) for n in sorted(counts, reverse=True)]
     return found
 
 
@@ -111,20 +116,65 @@ def _name(plan: Plan) -> str:
     return f"{plan.backend} with {plan.threads} thread{'s' if plan.threads != 1 else ''}"
 
 
-def _measured(shape: MoEShape, plans: list[Plan], stored: str) -> list[float] | None:
-    """Seconds of each plan, from an earlier start or measured now; None, and said, if that fails."""
+def part_of(shape: MoEShape, tokens: int) -> tuple[MoEShape, int]:
+    """Fewer experts with as many rows each as so many tokens give all of them, and the tokens for that."""
+    each = 3 * shape.hidden_size * shape.intermediate_size * 2
+    experts = min(shape.num_experts, -(-max(shape.top_k, _ENOUGH // each, 2) // 4) * 4)
+    part = MoEShape(experts, shape.hidden_size, shape.intermediate_size, shape.top_k, shape.rank)
+    return part, max(1, tokens * experts // shape.num_experts)
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What was measured of one layer's experts.
+
+    Attributes:
+        plan: under which they ran.
+        experts: seconds of a forward and a backward.
+        dense: operations a second of dense products beside them.
+    """
+
+    plan: Plan
+    experts: float
+    dense: float
+
+
+def speed(config: KTConfig, shape: MoEShape, stored: str, tokens: int) -> Speed | None:
+    """How fast a layer's experts are here, from an earlier call or measured now; None, and said, if that fails.
+
+    Args:
+        config: with what is `auto` decided by the fastest of those that it leaves open.
+        shape: of the layer.
+        stored: the format of the weights, as `ExpertWeights.stored`.
+        tokens: of the call.
+    """
+    kinds = [k for k in _kinds(config, 0, stored) if k not in KERNEL_BACKENDS or _kernel_can(k, config, shape, stored)]
+    plans = _candidates(kinds, config, shape, stored)
+    measured = _measured(shape, plans, stored, tokens)
+    if measured is None:
+        return None
+    at = min(range(len(plans)), key=lambda n: sum(measured[n]))
+    part, fewer = part_of(shape, tokens)
+    experts, dense = measured[at]
+    scale = tokens / fewer  # as many parts as the layer has
+    return Speed(plans[at], experts * scale, _DENSE * fewer * part.hidden_size**2 / dense)
+
+
+def _measured(shape: MoEShape, plans: list[Plan], stored: str, tokens: int) -> list[tuple[float, float]] | None:
+    """Seconds as `measure` has them, from an earlier start or measured now; None, and said, if that fails."""
     about = certificate.subject(plans[0], shape) | {
-        "plans": [{k: v for k, v in asdict(p).items() if k != "reasons"} for p in plans],
+        "plans": [certificate.what_runs(p) | {"torch_packing": p.torch_packing} for p in plans],
         "stored": stored,
+        "tokens": tokens,
     }
     kept = read(about, "speed")
     if kept is not None:
-        return [float(t) for t in kept["seconds"]]
-    told = (json.dumps(asdict(shape)), json.dumps(about["plans"]), stored)
+        return [(float(a), float(b)) for a, b in kept["seconds"]]
+    told = (json.dumps(asdict(shape)), json.dumps(about["plans"]), stored, str(tokens))
     command = [sys.executable, "-m", "ktmoe.gate.measuring", *told]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT, check=True)
-        seconds = [float(t) for t in json.loads(done.stdout.strip().splitlines()[-1])]
+        seconds = [(float(a), float(b)) for a, b in json.loads(done.stdout.strip().splitlines()[-1])]
     except (subprocess.SubprocessError, ValueError, IndexError, TypeError) as error:
         tail = str(getattr(error, "stderr", None) or error).strip().splitlines()[-1:]
         say_once(f"ktmoe: how fast the backends are here could not be measured ({''.join(tail)}).")

@@ -1,4 +1,4 @@
-"""`python -m ktmoe.gate.measuring SHAPE PLANS STORED`: how long each of some plans takes, in a process of its own.
+"""`python -m ktmoe.gate.measuring SHAPE PLANS STORED TOKENS`: how long some plans take, in a process of its own.
 
 The kernel keeps the weights of every object that it ever made, and its threads: neither is left to the training.
 """
@@ -16,41 +16,36 @@ from torch import Tensor
 
 from ktmoe.backends import Plan, build
 from ktmoe.gate import contract
+from ktmoe.gate.choice import part_of
 from ktmoe.interface import Backend
 from ktmoe.types import Lora, MoEShape
 from ktmoe.validation import make_inputs
 
 
-_TOKENS = 512  # of the whole layer; a part of the experts gets its part of them
-_WEIGHTS = 96 * 2**20  # bytes of bf16 weights that suffice
 _REPEATS = 3
 _SECONDS = 3.0  # after which no further repetition begins
 _REST = 0.12  # seconds; the kernel's threads spin on for 50 ms after a task
 
 
-def part_of(shape: MoEShape) -> tuple[MoEShape, int]:
-    """Fewer experts with as many rows each as 512 tokens give them, and the tokens for that."""
-    each = 3 * shape.hidden_size * shape.intermediate_size * 2
-    experts = min(shape.num_experts, -(-max(shape.top_k, _WEIGHTS // each, 2) // 4) * 4)
-    part = MoEShape(experts, shape.hidden_size, shape.intermediate_size, shape.top_k, shape.rank)
-    return part, max(1, _TOKENS * experts // shape.num_experts)
-
-
-def measure(shape: MoEShape, plans: Sequence[Plan], stored: str) -> list[float]:
+def measure(shape: MoEShape, plans: Sequence[Plan], stored: str, tokens: int) -> list[tuple[float, float]]:
     """Seconds of a training forward and backward under each plan: medians over other routings, taken in turns.
 
     What stands around the experts in a model is part of it: what the kernel's threads take from torch's next products
     counts.
 
+    Returns:
+        For each plan seconds of the experts, and of the dense products around them.
+
     Args:
         shape: of the layer that is to be trained.
         plans: to compare.
         stored: the format of the weights, as `ExpertWeights.stored`.
+        tokens: of the whole layer; a part of the experts gets its part of them.
     """
-    part, tokens = part_of(shape)
+    part, tokens = part_of(shape, tokens)
     case = contract.draw_case(part, 1, seed=0, stored=stored)
     backends = [build(p, case.weights, part, case.lora.scaling) for p in plans]
-    times: list[list[float]] = [[] for _ in backends]
+    times: list[list[tuple[float, float]]] = [[] for _ in backends]
     g = torch.Generator().manual_seed(0)
     began = time.perf_counter()
     for repeat in range(1 + _REPEATS):  # the first one allocates
@@ -62,10 +57,10 @@ def measure(shape: MoEShape, plans: Sequence[Plan], stored: str) -> list[float]:
             seconds = _once(backend, tokens, case.lora, g)
             if repeat:
                 found.append(seconds)
-    return [statistics.median(found) for found in times]
+    return [tuple(map(statistics.median, zip(*found, strict=True))) for found in times]
 
 
-def _once(backend: Backend, tokens: int, lora: Lora, g: torch.Generator) -> float:
+def _once(backend: Backend, tokens: int, lora: Lora, g: torch.Generator) -> tuple[float, float]:
     shape = backend.shape
     x = torch.randn(tokens, shape.hidden_size, generator=g)
     index = torch.rand(tokens, shape.num_experts, generator=g).argsort(-1)[:, : shape.top_k]
@@ -75,19 +70,21 @@ def _once(backend: Backend, tokens: int, lora: Lora, g: torch.Generator) -> floa
     start = time.perf_counter()
     with backend.working():
         _, ticket = backend.forward(inputs, save=True)
-    _attention(inputs.hidden_states, dense, 1)
+    around = _attention(inputs.hidden_states, dense, 1)
     with backend.working():
         backend.backward(ticket, inputs, inputs.hidden_states)
-    _attention(inputs.hidden_states, dense, 2)
-    return time.perf_counter() - start
+    around += _attention(inputs.hidden_states, dense, 2)
+    return time.perf_counter() - start - around, around
 
 
-def _attention(x: Tensor, dense: Tensor, times: int) -> None:
-    """Four projections and a norm, as the rest of a layer has them at least."""
+def _attention(x: Tensor, dense: Tensor, times: int) -> float:
+    """Four projections and a norm, as the rest of a layer has them at least. Returns seconds."""
+    start = time.perf_counter()
     for _ in range(4 * times):
         torch.nn.functional.rms_norm(x.to(dense.dtype) @ dense, dense.shape[:1])
+    return time.perf_counter() - start
 
 
 if __name__ == "__main__":
     plans = [Plan(**p) for p in json.loads(sys.argv[2])]
-    print(json.dumps(measure(MoEShape(**json.loads(sys.argv[1])), plans, sys.argv[3])))
+    print(json.dumps(measure(MoEShape(**json.loads(sys.argv[1])), plans, sys.argv[3], int(sys.argv[4]))))

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from ktmoe.errors import KTError
 from ktmoe.llamafactory import keys, shipped, torchrun
 
 
-__all__ = ["check", "engage", "install", "main"]
+if TYPE_CHECKING:
+    from ktmoe.budget import Budget
+
+
+__all__ = ["check", "engage", "install", "main", "plan"]
 
 
 def install() -> None:
@@ -77,23 +82,46 @@ def check(argv: Sequence[str]) -> str:
     Raises:
         KTError: what would be refused.
     """
+    model_args, _, training_args, finetuning_args = _parsed(argv)
+    from ktmoe.llamafactory import preflight
+
+    return (
+        f"{finetuning_args.stage} of {model_args.model_name_or_path} to {training_args.output_dir}: nothing was found "
+        f"that would be refused before loading. {preflight.experts_in_words(model_args, finetuning_args)}"
+    )
+
+
+def plan(argv: Sequence[str]) -> Budget:
+    """What a training would take, and everything that would be refused before.
+
+    Args:
+        argv: as `main` takes it.
+
+    Raises:
+        KTError: what would be refused, memory left out.
+    """
+    from ktmoe.llamafactory.foresight import budget_of
+
+    return budget_of(*_parsed(argv, kt_plan="off"))
+
+
+def _parsed(argv: Sequence[str], **more: str) -> Any:
+    """Model, data, training and fine-tuning arguments, as `ktmoe train` would have them."""
     _, args = _read(argv)
     if not keys.uses_kt(args):
         raise KTError(
-            "use_kt: is not true in these arguments; ktmoe check looks at trainings with use_kt: true. Name a "
+            "use_kt: is not true in these arguments; this command is for trainings with use_kt: true. Name a "
             "configuration that has it (ktmoe examples lists some), or append use_kt=true."
         )
     engage(args)
     install()
     from llamafactory.hparams import parser
 
-    from ktmoe.llamafactory import preflight
-
-    model_args, _, training_args, finetuning_args, _ = parser.get_train_args(args)
-    return (
-        f"{finetuning_args.stage} of {model_args.model_name_or_path} to {training_args.output_dir}: nothing was found "
-        f"that would be refused before loading. {preflight.experts_in_words(model_args, finetuning_args)}"
-    )
+    if isinstance(args, Mapping):
+        args = {**args, **more}
+    else:
+        args = [*args, *(f"--{name}={value}" for name, value in more.items())]
+    return parser.get_train_args(args)[:4]
 
 
 def _read(argv: Sequence[str]) -> tuple[Sequence[str], keys.Args]:

@@ -19,7 +19,9 @@ def extend(cls: type) -> None:
         cls: LLaMA-Factory's `ModelArguments`.
     """
     have = {f.name for f in dataclasses.fields(cls)}
-    types = typing.get_type_hints(KTConfig)
+    # A list is text on a command line, which `KTConfig` reads; in a file it comes as it is.
+    hints = typing.get_type_hints(KTConfig)
+    types = {name: typing.Optional[str] if "Sequence" in str(hint) else hint for name, hint in hints.items()}  # noqa: UP045
     new = {name: spec for name, spec in KTConfig.field_help().items() if name not in have}
     if not new:
         return

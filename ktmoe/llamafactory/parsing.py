@@ -7,7 +7,7 @@ import sys
 from typing import Any
 from unittest import mock
 
-from ktmoe.llamafactory import checkpoints, data, keys, preflight, rules
+from ktmoe.llamafactory import checkpoints, data, foresight, keys, preflight, rules
 from ktmoe.llamafactory.export import export
 from ktmoe.llamafactory.logs import logger
 from ktmoe.llamafactory.rehearsal import rehearse
@@ -79,6 +79,7 @@ def get_train_args(original: Any) -> Any:
             # the GPU first, and one that names the CPU makes the Trainer leave the model there.
             model_args.device_map = None
             rehearse(training_args, finetuning_args, data_args)
+            foresight.check_budget(model_args, data_args, training_args, finetuning_args)
         return parsed
 
     return user_errors(get_train_args)

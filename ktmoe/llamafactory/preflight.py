@@ -51,7 +51,9 @@ def check_loading(model_args: Any, finetuning_args: Any) -> None:
     Raises:
         KTError: before a weight is read.
     """
-    check_inference(model_args, finetuning_args, None if model_args.adapter_name_or_path else _lora(finetuning_args))
+    check_inference(
+        model_args, finetuning_args, None if model_args.adapter_name_or_path else lora_config(finetuning_args)
+    )
     _check_reference(model_args, finetuning_args)
 
 
@@ -162,7 +164,7 @@ def check_experts_loaded(peft_model: Any, path: str, hub: Mapping[str, Any]) -> 
         )
 
 
-def _lora(finetuning_args: Any) -> LoraConfig:
+def lora_config(finetuning_args: Any) -> LoraConfig:
     """The adapter that LLaMA-Factory will ask for."""
     from peft import LoraConfig
 

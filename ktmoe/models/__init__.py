@@ -3,7 +3,7 @@
 from ktmoe.models.arguments import model_configuration
 from ktmoe.models.attached import moe_layers, unwrapped_layers
 from ktmoe.models.attaching import attach, detach
-from ktmoe.models.families import find, names_on_disk
+from ktmoe.models.families import expert_modules, find, names_on_disk
 from ktmoe.models.loading import (
     check_headers,
     forget_stored,
@@ -24,6 +24,7 @@ __all__ = [
     "check_installed",
     "check_model",
     "detach",
+    "expert_modules",
     "expert_shapes",
     "experts_in",
     "find",

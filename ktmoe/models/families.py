@@ -135,8 +135,8 @@ class Layer:
             down: ExpertKey(self.name, "down_proj", None, turned),
         }
 
-    def put(self, experts: MoEExperts) -> None:
-        """Puts `MoEExperts` into the model."""
+    def put(self, experts: nn.Module) -> None:
+        """Puts `MoEExperts`, or what is called as they are, into the model."""
         if self.row is None:
             setattr(self.block, self.name.rpartition(".")[2], experts)
         else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, cast
 from unittest import mock
@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from ktmoe.checkpoints import HUB, OPTIONS, Checkpoint, CheckpointNames, is_stored, refuse_quantised
+from ktmoe.checkpoints import HUB, OPTIONS, Checkpoint, CheckpointNames, is_stored, refuse_quantised, stored_format
 from ktmoe.config import KTConfig
 from ktmoe.models.arguments import (
     PLACES,
@@ -27,9 +27,10 @@ from ktmoe.models.arguments import (
 from ktmoe.models.attaching import attach
 from ktmoe.models.families import expert_modules
 from ktmoe.models.rest_in_bits import linear_routers, with_skipped
-from ktmoe.models.skeleton import auto_class, check_model, experts_in, make_skeleton
+from ktmoe.models.skeleton import auto_class, check_model, experts_in, layers_of, make_skeleton
 from ktmoe.planning import plan
 from ktmoe.processes import check_one_process
+from ktmoe.room import check_least
 from ktmoe.types import KTError, MoEShape
 
 
@@ -83,6 +84,7 @@ def load_model(
     model_config, trust, rest = model_configuration(path, given, from_pretrained)
     hub = {k: v for k, v in from_pretrained.items() if k in HUB}
     refuse_quantised(path, model_config)
+    kind = stored_format(model_config)
     stored = forget_stored(model_config)
     check_model(model_config, kt_config, r or 1, lora, trust_remote_code=trust)
     checkpoint = Checkpoint(
@@ -95,6 +97,7 @@ def load_model(
         skipped = linear_routers(make_skeleton(model_config, trust), checkpoint)
         rest["quantization_config"] = with_skipped(rest["quantization_config"], skipped)
     asked_info = rest.pop("output_loading_info", False)
+    _check_memory(model_config, kt_config, kind, from_pretrained, trust)
     options = options_for({**rest, **hub}, torch.bfloat16 if stored or checkpoint.stored_keys() else "auto")
     with without_experts():
         try:
@@ -109,6 +112,16 @@ def load_model(
     _check_rest(model, checkpoint, info)
     loaded = stream(model, checkpoint, kt_config, lora, r)
     return (loaded, info) if asked_info else loaded
+
+
+def _check_memory(
+    model_config: Any, config: KTConfig, stored: str, from_pretrained: Mapping[str, Any], trust: bool
+) -> None:
+    """Refuses weights that cannot fit, from the configuration alone."""
+    shapes, others = layers_of(model_config, 1, trust_remote_code=trust)
+    on_host = str(from_pretrained.get("device_map")) in ("None", "cpu")
+    size = 0.5 if from_pretrained.get("quantization_config") else 2  # bytes of a number, at least
+    check_least(config, shapes, stored, rest=int(size * others) if on_host else 0)
 
 
 def check_headers(

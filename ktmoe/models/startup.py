@@ -7,6 +7,7 @@ from torch import nn
 
 from ktmoe.adapters import LoraExperts
 from ktmoe.backends import TABLE, is_kernel
+from ktmoe.cores import numa_nodes
 from ktmoe.experts import MoEExperts
 from ktmoe.models.attached import moe_layers
 from ktmoe.retained import bytes_per_token
@@ -21,7 +22,7 @@ def summary(model: nn.Module) -> list[str]:
     where = TABLE[first.plan.backend].describe()
     if is_kernel(first.plan):
         checked = "NOT verified (kt_verify: off)" if first.config.kt_verify == "off" else "verified on this machine"
-        pools = f", {first.plan.tp} NUMA pools" if first.plan.tp > 1 else ""
+        pools = f" on {_nodes(first)}" if len(numa_nodes()) > 1 or first.plan.tp > 1 else ""
         threads = f"{first.plan.threads} thread{'s' if first.plan.threads != 1 else ''}{pools}"
         copies = "shared by all layers" if first.plan.share_backward else "of each layer's own"
         where += f", {threads}, backward weights {copies}, {checked}"
@@ -42,6 +43,14 @@ def summary(model: nn.Module) -> list[str]:
         _activation(layers, 4 * of_experts),
         *_slow_dtype(model),
     ]
+
+
+def _nodes(experts: MoEExperts) -> str:
+    used, there = experts.plan.nodes, numa_nodes()
+    others = "" if set(used) >= set(there) else f" of {', '.join(map(str, sorted(there)))}"
+    if others and not experts.config.kt_tp_enabled:
+        others += " (kt_tp_enabled uses more)"
+    return f"NUMA node{'s' if len(used) > 1 else ''} {', '.join(map(str, used))}{others}"
 
 
 def bf16_is_slow() -> bool:

@@ -25,7 +25,7 @@ from ktmoe.types import KTError
 from ktmoe.verify import environment, plots, results
 
 
-SECTIONS = ("accuracy", "weights", "traps", "soak", "throughput")
+SECTIONS = ("accuracy", "weights", "traps", "soak", "placement", "throughput")
 
 
 def verify(
@@ -65,6 +65,7 @@ def verify(
         **({"weights": ["--model", model, "--seed", str(seed)]} if model and results.has_weights(model) else {}),
         "traps": [],
         "soak": ["--minutes", str(soak_minutes), "--seed", str(seed)],
+        "placement": [],
         "throughput": shapes,
     }
     host = environment.describe()

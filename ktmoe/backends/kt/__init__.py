@@ -1,7 +1,7 @@
 """kt_kernel's SFT operators as backends: all that knows the kernel, its files and its traps."""
 
 from ktmoe.backends.kt.emptying import idle_bytes
-from ktmoe.backends.kt.extension import available, extension_path, variant, version
+from ktmoe.backends.kt.extension import available, bind_again, extension_path, variant, version
 from ktmoe.backends.kt.int8_files import Int8Files
 from ktmoe.backends.kt.kernel import KernelBackend
 from ktmoe.backends.kt.packed import (
@@ -34,6 +34,7 @@ __all__ = [
     "PackedModel",
     "Recipe",
     "available",
+    "bind_again",
     "extension_path",
     "fingerprint",
     "idle_bytes",

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 from collections import defaultdict
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, ClassVar
@@ -91,7 +91,7 @@ def extension_path() -> Path | None:
 
 
 class Host:
-    """A pool of kernel threads, one per (threads, TP) in a process. Tasks run one at a time.
+    """Pools of kernel threads, made once for each number of threads and parts, and their nodes. One task at a time.
 
     Attributes:
         lock: held while a task runs, whatever the pool: scratch memory and the shared backward buffer belong to the
@@ -102,14 +102,15 @@ class Host:
     """
 
     lock: ClassVar[Any] = threading.RLock()
-    _hosts: ClassVar[dict[tuple[int, int], Host]] = {}
+    _hosts: ClassVar[dict[tuple[int, int, tuple[int, ...]], Host]] = {}
 
-    def __init__(self, threads: int, tp: int) -> None:
+    def __init__(self, threads: int, tp: int, nodes: Sequence[int]) -> None:
         """Starts the threads.
 
         Args:
             threads: of all pools together.
-            tp: pools, one per part of the intermediate dimension, on NUMA nodes in turn.
+            tp: pools, one per part of the intermediate dimension.
+            nodes: ids of the NUMA nodes that the pools are on, in turn.
 
         Raises:
             KTError: this host has no SFT classes.
@@ -117,12 +118,11 @@ class Host:
         self.extension, why = _extension()
         if self.extension is None:
             raise KTError(f"kt_backend: {why}. Use kt_backend: torch or auto.")
-        nodes = numa_nodes()
         pool = self.extension.WorkerPoolConfig()
         pool.subpool_count = tp
         pool.subpool_numa_map = [nodes[t % len(nodes)] for t in range(tp)]
         pool.subpool_thread_count = [max(1, threads // tp + (t < threads % tp)) for t in range(tp)]
-        self.tp, self.threads = tp, threads
+        self.tp, self.threads, self.nodes = tp, threads, nodes
         self.pid = os.getpid()
         self.idle: defaultdict[Hashable, list[Any]] = defaultdict(list)
         self.condemned: list[Any] = []
@@ -137,13 +137,26 @@ class Host:
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(self.infer))
 
     @classmethod
-    def get(cls, threads: int, tp: int) -> Host:
-        """This process's pool; a forked child does not have its parent's threads and gets its own."""
+    def get(cls, threads: int, tp: int, nodes: Sequence[int] = ()) -> Host:
+        """This process's pools; a forked child does not have its parent's threads and gets its own.
+
+        Args:
+            threads: of all pools together.
+            tp: pools.
+            nodes: ids of the NUMA nodes that they are on, in turn; by default those of the process's mask.
+        """
         with cls.lock:
-            host = cls._hosts.get((threads, tp))
+            about = threads, tp, tuple(nodes or numa_nodes())
+            host = cls._hosts.get(about)
             if host is None or host.pid != os.getpid():
-                host = cls._hosts[threads, tp] = cls(threads, tp)
+                host = cls._hosts[about] = cls(*about)
             return host
+
+    @classmethod
+    def bind_again(cls) -> int:
+        """Puts threads back on their cores; returns how many were elsewhere."""
+        with cls.lock:
+            return sum(host._bind() for host in cls._own() if host._settled)
 
     @classmethod
     def all_idle(cls) -> list[Any]:
@@ -185,11 +198,15 @@ class Host:
         finally:
             resting.rest(self._workers)
 
-    def _bind(self) -> None:
+    def _bind(self) -> int:
         """Gives each thread cores of its own in the process's mask: the extension counts from core 0, whatever it is.
 
         Its threads are called `numa_{node}_{m|t}_{number}`, and its queue's thread has the mask already.
+
+        Returns:
+            How many had others.
         """
+        moved = 0
         by_node: defaultdict[int, list[tuple[int, int]]] = defaultdict(list)
         named = {tid: name for tid, name in _threads().items() if tid in self._tids and name.startswith("numa_")}
         self._workers = list(named)
@@ -200,7 +217,14 @@ class Host:
             own = cores(node=at) or cores()
             for (_, tid), cpus in zip(sorted(numbered), shares(len(numbered), own), strict=True):
                 with suppress(OSError):  # the thread is gone, or the mask was narrowed in between
+                    moved += os.sched_getaffinity(tid) != cpus
                     os.sched_setaffinity(tid, cpus)
+        return moved
+
+
+def bind_again() -> int:
+    """Puts the threads of all pools back on their cores. Returns how many were elsewhere."""
+    return Host.bind_again()
 
 
 os.register_at_fork(after_in_child=Host._forked)

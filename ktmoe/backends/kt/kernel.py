@@ -10,7 +10,7 @@ import functools
 import itertools
 import os
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
@@ -52,6 +52,7 @@ class KernelBackend(Backend):
         scaling: float = 1.0,
         threads: int = 1,
         tp: int = 1,
+        nodes: Sequence[int] = (),
         max_len: int = 4096,
         share_backward: bool = True,
         packed: PackedLayer | None = None,
@@ -67,6 +68,7 @@ class KernelBackend(Backend):
             scaling: alpha / r of the LoRA that is usual; a call with another one is rescaled.
             threads: of all pools together.
             tp: parts of the intermediate dimension, each in a pool of its own.
+            nodes: ids of the NUMA nodes that the pools are on, in turn; by default those of the process's mask.
             max_len: tokens per kernel call, rounded up to 32; longer calls run in chunks (K1).
             share_backward: one repacked weight buffer for all layers instead of one each.
             packed: these weights as AMXInt8 on disk. A backward copy of the layer's own is still made from `weights`.
@@ -86,7 +88,7 @@ class KernelBackend(Backend):
         self.threads = torch_threads
         self.max_len = -(-max_len // 32) * 32
         self.int8 = Int8(requantised=share_backward, tp=tp) if kind == "AMXInt8" else None
-        self._host = Host.get(threads, tp)
+        self._host = Host.get(threads, tp, nodes)
         self._exact = TorchBackend(weights, shape, torch.float32)
         self._cached = STATELESS  # the ticket whose activations the kernel holds
         self._disk = packed
@@ -312,4 +314,4 @@ def _smallest_layer(kind: str, host: Host) -> KernelBackend:
     """A layer whose backward makes the shared backward buffer its own."""
     weights = ones(kind, host.tp)
     shape = MoEShape(weights.num_experts, weights.hidden_size, weights.intermediate_size, 1, 1)
-    return KernelBackend(kind, weights, shape, threads=host.threads, tp=host.tp, max_len=32)
+    return KernelBackend(kind, weights, shape, threads=host.threads, tp=host.tp, nodes=host.nodes, max_len=32)

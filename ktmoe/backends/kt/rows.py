@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 
 from ktmoe.backends.kt import extension, kernel, sizes
 from ktmoe.backends.kt.formats import FORMATS
 from ktmoe.backends.kt.packed import PackedLayer
 from ktmoe.backends.row import Limits, Memory, Plan, Row
-from ktmoe.cores import numa_nodes, usable_cores
+from ktmoe.cores import usable_cores
 from ktmoe.types import ExpertWeights, KTError, MoEShape
 
 
@@ -25,6 +26,7 @@ def _build(
         scaling=scaling,
         threads=plan.threads or usable_cores(),
         tp=plan.tp,
+        nodes=plan.nodes,
         max_len=plan.max_len,
         share_backward=plan.share_backward,
         packed=packed,
@@ -40,13 +42,18 @@ def _refuse_shape(name: str, shape: MoEShape) -> str:
     return ""
 
 
-def _largest_tp(name: str, shape: MoEShape) -> int:
-    return sizes.valid_tp(name, shape, len(numa_nodes()))
-
-
 def _memory(plan: Plan, shape: MoEShape) -> Memory:
     size = sizes.packed_bytes(plan.backend, shape)
     return Memory(size, once=size) if plan.share_backward else Memory(2 * size)
+
+
+def _activations(plan: Plan, shape: MoEShape, tokens: int) -> Memory:
+    """An object keeps what its longest call took, for as long as it lives."""
+    n, s = min(tokens, plan.max_len), shape
+    rows = n * s.top_k
+    kept = 2 * (n * s.hidden_size + 3 * rows * s.intermediate_size) + rows * (4 * s.rank + 2 * s.hidden_size)
+    lora = sum(math.prod(size) for size in s.lora_shapes().values())
+    return Memory(kept + 2 * lora, once=2 * lora + 4 * rows * (s.hidden_size + s.intermediate_size))
 
 
 def _row(name: str, required: Limits, expected: Limits, aimed_at: Limits, takes_packed: bool = False) -> Row:
@@ -59,10 +66,11 @@ def _row(name: str, required: Limits, expected: Limits, aimed_at: Limits, takes_
         describe=lambda: f"kt_kernel ({extension.variant()})",
         refuse_shape=partial(_refuse_shape, name),
         refuse_host=partial(extension.why_not, name),
-        largest_tp=partial(_largest_tp, name),
+        largest_tp=partial(sizes.valid_tp, name),
         is_kernel=True,
         takes_packed=takes_packed,
         memory=_memory,
+        activations=_activations,
         stored=FORMATS[name].stored,
         own_backward=FORMATS[name].own_backward,
         rank=FORMATS[name].rank,

@@ -6,7 +6,7 @@ frozen weights, `lora` adds one expert's LoRA, `buffers` keeps memory from call 
 
 from ktmoe.backends.row import Limits, Memory, Row
 from ktmoe.backends.torch.backend import TorchBackend
-from ktmoe.backends.torch.choice import build, copied_bytes
+from ktmoe.backends.torch.choice import build, call_bytes, copied_bytes
 
 
 __all__ = ["ROW", "TorchBackend", "build"]
@@ -19,4 +19,5 @@ ROW = Row(
     aimed_at=Limits(0.05, 0.10, 0.005),
     describe=lambda: "PyTorch on the CPU",
     memory=lambda plan, shape: Memory(copied_bytes(shape, plan.torch_packing)),
+    activations=lambda plan, shape, tokens: Memory(*call_bytes(shape, tokens)),
 )

@@ -51,6 +51,22 @@ def build(weights: ExpertWeights, shape: MoEShape, packing: str = "auto") -> Tor
     return TorchBackend(weights, shape, products=Packed(weights, _ROWS, packing == "both"))
 
 
+def call_bytes(shape: MoEShape, tokens: int) -> tuple[int, int]:
+    """What one layer keeps of a call until its backward, and what all layers share while one of them computes.
+
+    In bf16, with rows spread as routers do: the busiest expert has twice the mean.
+
+    Args:
+        shape: of the layer.
+        tokens: of the call.
+    """
+    s, rows = shape, tokens * shape.top_k + 16 * min(shape.num_experts, tokens * shape.top_k)  # padded to 32 each
+    busiest = 2 * rows // s.num_experts
+    scratch = busiest * (2 * (2 * s.hidden_size + 7 * s.intermediate_size) + 4 * (s.hidden_size + s.intermediate_size))
+    lora = 4 * 3 * s.rank * s.num_experts * (s.hidden_size + s.intermediate_size)
+    return 4 * rows * s.intermediate_size, 2 * rows * s.hidden_size + scratch + lora
+
+
 def copied_bytes(shape: MoEShape, packing: str) -> int:
     """Of one layer's packed copies, where they are asked for; `auto` makes those that fit."""
     if packing == "auto" or (packing != "off" and why_not_bf16(packed=True)):

@@ -1,0 +1,241 @@
+"""One training step of everything but the routed experts, without a number in it: what it allocates and multiplies.
+
+torch's fake tensors have sizes but no memory. The model's own code runs on them, forward and backward, adapters and
+checkpointing included, so that what is counted is what this model on this release of transformers does.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+import weakref
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import peft
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+from torch.utils.flop_counter import FlopCounterMode
+
+from ktmoe.adapters import our_own, reach
+from ktmoe.models import expert_modules, find, make_skeleton
+
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one step of a device takes.
+
+    Attributes:
+        sequences: in it; of preferences two for each pair.
+        length: tokens of each.
+        checkpointing: whether activations are computed again in the backward.
+    """
+
+    sequences: int = 1
+    length: int = 1024
+    checkpointing: bool = True
+
+    @property
+    def tokens(self) -> int:
+        """Of all sequences."""
+        return self.sequences * self.length
+
+
+@dataclass(frozen=True)
+class DryStep:
+    """Of everything but the routed experts; bytes where nothing else is said.
+
+    Attributes:
+        weights: frozen parameters and buffers.
+        trainable: numbers in LoRA outside of the routed experts.
+        expert_trainable: numbers in the LoRA of the routed experts.
+        activations: most at once beside parameters and their gradients, from the batch to the end of the backward.
+    """
+
+    weights: int
+    trainable: int
+    expert_trainable: int
+    activations: int
+
+
+def dry_step(
+    model_config: Any,
+    lora: LoraConfig,
+    batch: Batch,
+    dtype: torch.dtype,
+    bits: int | None = None,
+    *,
+    trust_remote_code: bool = False,
+) -> DryStep:
+    """Counts the memory of one training step.
+
+    Args:
+        model_config: a transformers configuration.
+        lora: the adapter.
+        batch: of the step.
+        dtype: of the weights; products are in it too, by autocast, as trainers have it.
+        bits: what bitsandbytes holds linear layers in, if it does.
+        trust_remote_code: whether the model's own code may be run.
+
+    Raises:
+        KTError: a model or an adapter that `attach` would refuse.
+    """
+    model, expert_trainable = _model(model_config, lora, dtype, trust_remote_code)
+    with _fake(model):
+        there = [t for n, t in (*model.named_parameters(), *model.named_buffers()) if not n.endswith(_STAND_IN)]
+        own = [p for p in there if p.requires_grad]
+        with Meter(there) as meter:
+            _train(model, batch, dtype)
+    linear = [m for n, m in model.named_modules() if type(m) is nn.Linear and n.endswith("base_layer")]
+    saved = sum(m.weight.nbytes - m.weight.numel() * bits // 8 for m in linear) if bits else 0
+    return DryStep(
+        weights=sum(t.nbytes for t in there if not t.requires_grad) - saved,
+        trainable=sum(p.numel() for p in own),
+        expert_trainable=expert_trainable,
+        activations=meter.peak - sum(p.nbytes for p in own),
+    )
+
+
+def operations(
+    model_config: Any, lora: LoraConfig, batch: Batch, dtype: torch.dtype, *, trust_remote_code: bool = False
+) -> int:
+    """Counts the operations in one training step's products, routed experts left out.
+
+    An addition and a multiplication are two. Apart from `dry_step`, since torch's counter keeps tensors alive.
+
+    Args:
+        model_config: a transformers configuration.
+        lora: the adapter.
+        batch: of the step.
+        dtype: of the weights.
+        trust_remote_code: whether the model's own code may be run.
+    """
+    model, _ = _model(model_config, lora, dtype, trust_remote_code)
+    with _fake(model), FlopCounterMode(display=False) as counter:
+        _train(model, batch, dtype)
+    return counter.get_total_flops()
+
+
+def _model(model_config: Any, lora: LoraConfig, dtype: torch.dtype, trust_remote_code: bool) -> tuple[Any, int]:
+    """The model on the meta device with its adapter, and how many numbers the routed experts' LoRA has."""
+    model = make_skeleton(model_config, trust_remote_code).to(dtype)
+    found = find(model)
+    hidden = [holder for holders in expert_modules(model).values() for holder in holders]
+    reached = reach(lora, model, {name: layer.num_experts for name, layer in found.items()}, hidden)
+    ranks = {name: rank for name, (rank, _) in reached.experts.items()}
+    of_experts = 0
+    for name, layer in found.items():
+        s = layer.shape()
+        of_experts += 3 * ranks.get(name, 0) * s.num_experts * (s.hidden_size + s.intermediate_size)
+        layer.put(_Elsewhere(trained=name in ranks))
+    model.requires_grad_(False)
+    if reached.modules:
+        config = copy.deepcopy(lora)  # peft writes into it
+        config.target_modules, config.target_parameters = set(reached.modules), None
+        with our_own(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model = peft.get_peft_model(model, config, low_cpu_mem_usage=True)
+    for module in model.modules():
+        if isinstance(module, _Elsewhere):
+            module.requires_grad_(module.trained)
+    return model, of_experts
+
+
+@contextmanager
+def _fake(model: nn.Module) -> Iterator[None]:
+    """Within it, tensors have no memory."""
+    with FakeTensorMode(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        _give_sizes(model)
+        yield
+
+
+def _give_sizes(model: nn.Module) -> None:
+    """Fake tensors on the CPU in the place of those on the meta device, for which there is no autocast."""
+    made: dict[int, Any] = {}  # tied ones stay one
+    for module in model.modules():
+        for held in (module._parameters, module._buffers):
+            for name, tensor in held.items():
+                if tensor is None:
+                    continue
+                if id(tensor) not in made:
+                    fake = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+                    is_parameter = isinstance(tensor, nn.Parameter)
+                    made[id(tensor)] = nn.Parameter(fake, tensor.requires_grad) if is_parameter else fake
+                held[name] = made[id(tensor)]
+
+
+def _train(model: Any, batch: Batch, dtype: torch.dtype) -> None:
+    """Forward and backward, as trainers have them."""
+    model.train()
+    if batch.checkpointing:
+        model.enable_input_require_grads()
+        # The state of random numbers is a tensor that is none here.
+        model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+    ids = torch.zeros(batch.sequences, batch.length, dtype=torch.long)
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        out = model(input_ids=ids, labels=ids, use_cache=False)
+    logits, loss = out.logits.float(), out.loss  # accelerate hands outputs on in fp32
+    del out, logits
+    loss.backward()
+
+
+class Meter(TorchDispatchMode):
+    """Counts the bytes of all tensors that are made while it is on, and of those that live at once the most."""
+
+    def __init__(self, there: Iterable[Tensor]) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._seen = {t.untyped_storage()._cdata: 0 for t in there}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        tree_map_only(Tensor, self._count, out)
+        return out
+
+    def _count(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key not in self._seen:
+            self._seen[key] = storage.nbytes()
+            self.live += storage.nbytes()
+            self.peak = max(self.peak, self.live)
+            weakref.finalize(storage, self._gone, key)
+
+    def _gone(self, key: int) -> None:
+        self.live -= self._seen.pop(key)
+
+
+_STAND_IN = ".experts.lora_"
+
+
+class _Elsewhere(nn.Module):
+    """Experts in host memory, as the device sees them: the same call, nothing computed."""
+
+    def __init__(self, trained: bool) -> None:
+        super().__init__()
+        self.trained = trained
+        self.lora_ = nn.Parameter(torch.empty(1, device="meta"))  # for the backward to go through them
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Any:
+        return _Run.apply(hidden_states, top_k_weights, self.lora_)
+
+
+class _Run(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden_states: Tensor, top_k_weights: Tensor, lora: Tensor) -> Tensor:
+        ctx.save_for_backward(hidden_states, top_k_weights, lora)
+        return torch.empty_like(hidden_states)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_output: Tensor) -> Any:
+        return tuple(torch.empty_like(t) for t in ctx.saved_tensors)

@@ -1,0 +1,269 @@
+"""What fits into memory, known before a weight is read: sizes, the refusal with its remedy, and `ktmoe plan`."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import families
+import peft
+import pytest
+import torch
+import transformers
+from typer.testing import CliRunner
+
+import ktmoe
+from ktmoe import KTConfig, KTError, budget, room
+from ktmoe.backends import TABLE, Plan
+from ktmoe.budget import Batch, dry_step, prediction
+from ktmoe.cli import app
+from ktmoe.gate import Speed
+from ktmoe.shapes import SHAPES
+
+
+CONFIG = transformers.Qwen3MoeConfig(
+    hidden_size=64, moe_intermediate_size=128, num_hidden_layers=3, mlp_only_layers=[0], intermediate_size=64,
+    num_attention_heads=2, num_key_value_heads=2, head_dim=32, vocab_size=64, num_experts=4, num_experts_per_tok=2,
+)  # fmt: skip
+WEIGHTS = 2 * 4 * 3 * 64 * 128  # of two layers
+
+
+@pytest.fixture
+def folder(tmp_path):
+    CONFIG.save_pretrained(tmp_path)
+    return str(tmp_path)
+
+
+@pytest.fixture
+def free(monkeypatch):
+    """How much memory there seems to be."""
+
+    def set_to(size):
+        monkeypatch.setattr(room, "free_memory", lambda: size)
+        monkeypatch.setattr("ktmoe.budget.budget.free_memory", lambda: size)
+
+    return set_to
+
+
+@pytest.fixture
+def kernel_is_there(monkeypatch):
+    for name, row in list(TABLE.items()):
+        monkeypatch.setitem(TABLE, name, dataclasses.replace(row, refuse_host=lambda: ""))
+
+
+BATCH = Batch(1, 16)
+
+
+def make(folder, rank=4, batch=BATCH, keys=None, **lora):
+    config = transformers.AutoConfig.from_pretrained(folder)
+    lora = peft.LoraConfig(r=rank, task_type="CAUSAL_LM", **({"target_modules": "all-linear"} | lora))
+    return budget.make(config, lora, batch, KTConfig(**(keys or {})))
+
+
+def size(found, name):
+    (part,) = [p.size for p in (*found.host, *found.device) if p.name.startswith(name)]
+    return part
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["experts"], ["q_proj", "v_proj"]])
+def test_sizes_are_those_of_the_model(folder, targets):
+    found = make(folder, target_modules=targets)
+    assert list(found.layers.values()) == [2]
+    ways = (*found.ways, *found.others)
+    by_keys = {room.as_keys(way.keys): way.size / WEIGHTS for way in ways}  # two layers: half of a pair is one layer
+    assert by_keys == {
+        "kt_backend: AMXBF16, kt_share_backward: off": 4,
+        "kt_backend: AMXBF16, kt_share_backward: on": 3,
+        "kt_backend: AMXInt8, kt_share_backward: on": 1.5,
+        "kt_backend: torch, kt_torch_packing: both": 4,
+        "kt_backend: torch, kt_torch_packing: forward": 2,
+        "kt_backend: torch, kt_torch_packing: off": 0,
+    }
+    model = transformers.Qwen3MoeForCausalLM(CONFIG).bfloat16()
+    adapter = peft.LoraConfig(r=4, target_modules=targets, task_type="CAUSAL_LM")
+    attached = ktmoe.attach(model, KTConfig(kt_backend="reference"), lora=adapter)
+    lora = {n: p.numel() for n, p in attached.named_parameters() if p.requires_grad}
+    experts = sum(count for name, count in lora.items() if ".experts." in name)
+    assert size(found, "LoRA of the routed experts") == 16 * experts
+    assert size(found, "its LoRA") == 16 * (sum(lora.values()) - experts)
+    rest = sum(p.nbytes for p in attached.parameters() if not p.requires_grad)
+    rest += sum(b.nbytes for b in attached.buffers())
+    assert size(found, "everything but the routed experts") == rest
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+@pytest.mark.parametrize("family", ["Qwen3-MoE", "Mixtral", "DeepSeek-V3"])
+def test_activations_are_those_of_a_step(family, checkpointing, monkeypatch):
+    """The same step of the attached model on real tensors; its experts are replaced, as they are another part."""
+    elsewhere = dry_step._Run.apply
+    monkeypatch.setattr(
+        "ktmoe.experts.MoEExperts.run", lambda self, x, index, w, lora: elsewhere(x, w, next(iter(lora)))
+    )
+    config = families.config(family)
+    lora = peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    batch = Batch(2, 128, checkpointing)
+    planned = budget.make(config, lora, batch)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model = ktmoe.attach(model, KTConfig(kt_backend="reference", kt_cpu_activation="recompute"), lora=lora)
+    measured = real_peak(model, batch)
+    assert size(planned, "its activations") == pytest.approx(measured, rel=0.1)
+
+
+def real_peak(model, batch):
+    """Most bytes of tensors that live at once in a step, the routed experts' own left out."""
+    model.train()
+    if batch.checkpointing:
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    ids = torch.zeros(batch.sequences, batch.length, dtype=torch.long)
+    mask = torch.ones_like(ids)
+    mask[0, 0] = 0  # as in a batch with padding: transformers makes a mask for attention then
+    own = [p for n, p in model.named_parameters() if p.requires_grad and ".experts." not in n]
+    with dry_step.Meter([*model.parameters(), *model.buffers()]) as meter:
+        with torch.autocast("cpu", torch.bfloat16):
+            out = model(input_ids=ids, attention_mask=mask, labels=ids, use_cache=False)
+        logits, loss = out.logits.float(), out.loss
+        del out, logits
+        loss.backward()
+    return meter.peak - sum(p.nbytes for p in own)
+
+
+@pytest.mark.parametrize(
+    ("memory", "best"),
+    [
+        (5, "kt_backend: AMXBF16, kt_share_backward: off"),
+        (3.5, "kt_backend: AMXBF16, kt_share_backward: on"),
+        (1, "kt_backend: torch, kt_torch_packing: off"),
+    ],
+)
+def test_the_fastest_way_that_fits(folder, free, kernel_is_there, memory, best):
+    found = make(folder)
+    beside = found.on_host(found.ways[0]) - found.ways[0].size
+    free(int(memory * WEIGHTS) + beside)
+    assert room.as_keys(make(folder).best.keys) == best
+
+
+def test_ways_are_those_that_the_keys_allow(folder, free, kernel_is_there):
+    named = make(folder, keys={"kt_backend": "AMXInt8"})
+    assert [room.as_keys(way.keys) for way in named.ways] == ["kt_backend: AMXInt8, kt_share_backward: on"]
+    free(named.on_host(named.ways[0]) - 1)
+    short = make(folder, keys={"kt_backend": "AMXInt8"})
+    assert short.best is None
+    assert "kt_backend: torch, kt_torch_packing: off" in budget.remedy(short)
+
+
+def test_what_is_retained_and_what_checkpointing_saves(folder):
+    kept = make(folder, batch=Batch(1, 256, False))
+    less = make(folder, batch=Batch(1, 256, True), keys={"kt_cpu_activation": "recompute"})
+    assert size(less, "its activations") < size(kept, "its activations")
+    assert len(less.host) < len(kept.host)
+    torch_kept, torch_less = (next(w for w in found.ways if w.keys["kt_backend"] == "torch") for found in (kept, less))
+    assert torch_less.activations < torch_kept.activations
+
+
+def test_a_gpu_has_a_budget_of_its_own(folder, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (1000, 10**9))
+    found = make(folder)
+    assert found.free_device == 1000
+    assert found.best is None
+    assert found.on_device() == sum(part.size for part in found.device)
+    assert found.on_host(found.ways[-1]) == found.ways[-1].size + found.ways[-1].activations + sum(
+        part.size for part in found.host
+    )
+    assert "cutoff_len" in budget.remedy(found)
+
+
+@pytest.mark.parametrize(
+    ("keys", "fits", "refused"),
+    [
+        ({"kt_backend": "AMXBF16", "kt_share_backward": "off"}, 4, 3.9),
+        ({"kt_backend": "AMXBF16", "kt_share_backward": "on"}, 3, 2.9),
+        ({"kt_backend": "AMXInt8", "kt_share_backward": "on"}, 1.5, 1.4),
+        ({"kt_backend": "torch", "kt_torch_packing": "off"}, 0, None),
+        ({"kt_backend": "torch"}, 0, None),
+        ({"kt_backend": "reference"}, 0, None),
+    ],
+)
+def test_what_cannot_fit_is_refused_with_what_does(free, kernel_is_there, keys, fits, refused):
+    shapes = [dataclasses.replace(shape, rank=4) for shape in [ktmoe.types.MoEShape(4, 64, 128, 2, 4)] * 2]
+    free(int(fits * WEIGHTS))
+    room.check_room(KTConfig(**keys), shapes)
+    if refused:
+        free(int(refused * WEIGHTS))
+        with pytest.raises(
+            KTError, match=r"the routed experts take .* GB of memory, and .* GB are free.*What fits: kt_b"
+        ):
+            room.check_room(KTConfig(**keys), shapes)
+
+
+@pytest.mark.parametrize("name", ["load_model", "attach"])
+def test_nothing_is_loaded_that_cannot_fit(name, tmp_path, free, kernel_is_there, monkeypatch):
+    model = transformers.Qwen3MoeForCausalLM(CONFIG).bfloat16()
+    before = {n: p.clone() for n, p in model.state_dict().items()}
+    model.save_pretrained(tmp_path)
+    monkeypatch.setattr("ktmoe.experts.MoEExperts.load", lambda *args: pytest.fail("a layer was loaded"))
+    free(int(1.4 * WEIGHTS))
+    config = KTConfig(kt_backend="AMXInt8", kt_num_threads=1)
+    with pytest.raises(KTError, match="kt_backend: torch, kt_torch_packing: off"):
+        ktmoe.load_model(tmp_path, config, r=4) if name == "load_model" else ktmoe.attach(model, config, r=4)
+    assert all(torch.equal(before[n], p) for n, p in model.state_dict().items())
+
+
+def test_the_command(folder, free):
+    free(10**9)
+    done = CliRunner().invoke(app, ["plan", folder, "--json", "--length", "64"])
+    assert done.exit_code == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["batch"] == {"sequences": 1, "length": 64, "checkpointing": True}
+    (off,) = [w for w in found["ways"] if w["keys"] == {"kt_backend": "torch", "kt_torch_packing": "off"}]
+    assert (off["bytes"], off["fits"], off["why_not"]) == (0, True, "")
+    shown = CliRunner().invoke(app, ["plan", folder, "--length", "64"])
+    assert "2 layers of 4 routed experts, 64 x 128, 2 for each token" in shown.stdout
+    assert "the fastest way that fits" in shown.stdout
+    free(1)  # not even the LoRA
+    assert CliRunner().invoke(app, ["plan", folder]).exit_code == 1
+    assert CliRunner().invoke(app, ["plan", folder + "/nowhere"]).exit_code == 2
+    assert CliRunner().invoke(app, ["plan", folder, "kt_backend=torch"]).exit_code == 2
+
+
+def test_the_command_with_a_configuration(tmp_path):
+    factory = pytest.importorskip("factory")
+    folder = str(tmp_path / "model")
+    config = tmp_path / "run.yaml"
+    factory.save_model(folder)
+    config.write_text(
+        f"use_kt: true\nkt_backend: torch\nmodel_name_or_path: {folder}\nstage: dpo\ndo_train: true\n"
+        "dataset: dpo_en_demo\ntemplate: default\nfinetuning_type: lora\nlora_rank: 4\ncutoff_len: 32\n"
+        f"per_device_train_batch_size: 3\noutput_dir: {tmp_path}/out\nuse_cpu: true\nbf16: true\n"
+    )
+    command = [sys.executable, "-m", "ktmoe.cli", "plan", str(config)]
+    done = subprocess.run([*command, "--json", "cutoff_len=16"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout[done.stdout.index("{") :])
+    assert found["batch"] == {"sequences": 6, "length": 16, "checkpointing": True}
+    refused = subprocess.run([*command, "--rank", "4"], capture_output=True, text=True)
+    assert (refused.returncode, "ktmoe: --rank" in refused.stderr) == (2, True), refused.stderr
+
+
+def test_a_step_is_predicted_from_what_was_measured(folder, monkeypatch):
+    """The arithmetic: experts of all layers, and everything else at the rate of dense products."""
+    plan = Plan("torch", None, 1, 4096, True)
+    monkeypatch.setattr(prediction, "speed", lambda config, shape, stored, tokens: Speed(plan, 0.5, 1e9))
+    found = make(folder)
+    predicted = budget.predict(found)
+    assert predicted.experts == 2 * 0.5
+    assert predicted.rest == found.operations() / 1e9 > 0
+    recomputed = make(folder, keys={"kt_cpu_activation": "recompute"})
+    assert budget.predict(recomputed).experts == 1.5 * 2 * 0.5
+
+
+def test_the_documented_table_is_what_the_rows_say():
+    """docs/families.md: all layers, as AMXBF16 packs them once."""
+    text = (Path(__file__).resolve().parent.parent / "docs" / "families.md").read_text(encoding="utf-8")
+    for name, layers in (("DeepSeek-V2-Lite", 26), ("Qwen3-30B-A3B", 48), ("Mixtral-8x7B", 32), ("DeepSeek-V3", 58)):
+        size = layers * TABLE["AMXBF16"].memory(Plan("AMXBF16", None, 1, 1, True), SHAPES[name]).each / 1e9
+        (row,) = [line for line in text.splitlines() if line.startswith(f"| {name} |")]
+        assert f"| {size:.1f} GB |" in row or f"| {size:.0f} GB |" in row

@@ -1,0 +1,85 @@
+"""What held when a run began and does not any more is said once: cores, threads, quotas."""
+
+import os
+
+import pytest
+from helpers import KERNELS, run_python
+
+from ktmoe import drift
+from ktmoe.cores import periods
+
+
+@pytest.fixture
+def watch(tmp_path, monkeypatch, recwarn):
+    """Looks at every call, into a drawn `/proc` and `/sys`."""
+    monkeypatch.setattr("ktmoe.notices._said", set())
+    monkeypatch.setattr(drift, "_EVERY", 0.0)
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text("0::/job\n")
+    (tmp_path / "sys/fs/cgroup/job").mkdir(parents=True)
+    (tmp_path / "sys/fs/cgroup/job/cpu.max").write_text("150000 100000\n")
+    found = drift.Watch(tmp_path)
+
+    def look(stopped=0, of=100):
+        stat = tmp_path / "sys/fs/cgroup/job/cpu.stat"
+        before = periods(tmp_path) or [(0, 0)]
+        stat.write_text(f"usage_usec 1\nnr_periods {before[0][0] + of}\nnr_throttled {before[0][1] + stopped}\n")
+        found.look()
+        return [str(w.message) for w in recwarn if str(w.message).startswith("ktmoe")]
+
+    return look
+
+
+def test_a_quota_that_stops_the_process_is_said_once(watch):
+    assert watch() == []
+    assert watch(stopped=5) == []  # now and then is no matter
+    (said,) = watch(stopped=60)
+    assert "quota of 1.5 CPUs" in said
+    assert "in 60% of its time slices" in said
+    assert "OMP_NUM_THREADS=1" in said
+    assert watch(stopped=60) == [said]
+
+
+def test_cores_that_are_taken_away_are_said(watch, monkeypatch):
+    watch()
+    monkeypatch.setattr(drift, "mask", lambda: {0, 1, 2, 5})
+    (said,) = watch()
+    assert "CPUs 0-2,5 now" in said
+
+
+def test_it_does_not_look_at_every_call(monkeypatch):
+    looked = []
+    monkeypatch.setattr(drift, "mask", lambda: looked.append(1) or set())
+    watch = drift.Watch()
+    for _ in range(100):
+        watch.look()
+    assert len(looked) == 1
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("name", KERNELS[:1])
+def test_a_thread_that_was_moved_is_put_back(name):
+    """As `taskset -a -p` does it to a process that runs."""
+    allowed = sorted(os.sched_getaffinity(0))
+    if len(allowed) < 2:
+        pytest.skip("one core: there is nowhere to move a thread")
+    done = run_python(f"""
+        import os, warnings, helpers
+        from ktmoe import drift
+        from ktmoe.backends.kt.extension import Host
+        case = helpers.draw({name!r}, helpers.SMALL, 8)
+        config = helpers.KTConfig(kt_backend={name!r}, kt_num_threads=2)
+        backend = helpers.build(helpers.plan(config, helpers.SMALL), case.weights, helpers.SMALL, 1.0)
+        helpers.contract.answer(backend, case)
+        drift._EVERY, watch = 0.0, drift.Watch()
+        watch.look()
+        (thread, *_) = Host._own()[0]._workers
+        own = os.sched_getaffinity(thread)
+        os.sched_setaffinity(thread, set({allowed}) - own)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            watch.look()
+        assert os.sched_getaffinity(thread) == own
+        assert "1 of the kernel's threads had been moved" in str(said[0].message), said
+    """)
+    assert done.returncode == 0, done.stderr
