@@ -115,19 +115,22 @@ def accuracy(session: nox.Session) -> None:
     """Contract, traps, mutants and the accuracy tables, of this CPU's kernel and of the AMX binary, emulated;
     and a table of a real model's weights, layer by layer.
 
-    Arguments after `--` go to the tables' command; --allow-unverified succeeds where there is no kernel.
+    Arguments after `--` go to the tables' command; --allow-unverified succeeds where there is no kernel. --after-tests
+    leaves out what `nox -s tests` runs too.
     """
     install_tested_set(session, "tests")
-    session.run("python", "-m", "pytest", *PARALLEL, "-m", "slow or not slow", *CONTRACT, env=ENV)
+    asked = [arg for arg in session.posargs if arg != "--after-tests"]
+    which = "slow" if "--after-tests" in session.posargs else "slow or not slow"
+    session.run("python", "-m", "pytest", *PARALLEL, "-m", which, *CONTRACT, env=ENV)
     session.run("python", "-m", "ktmoe.verify.traps", *_allowance(session), env=ENV)
-    session.run("python", "-m", "ktmoe.verify.accuracy", *session.posargs, env=ENV)
+    session.run("python", "-m", "ktmoe.verify.accuracy", *asked, env=ENV)
     real = str(session.run("python", "tests/real_model.py", silent=True, env=ENV)).strip()
     session.run("python", "-m", "ktmoe.verify.weights", "--model", real, *_allowance(session), env=ENV)
     # Exit code 3: no AMX and no way to emulate it.
     amx = ("python", "-m", "amx_emulation", "python", "-m", "ktmoe.verify.accuracy", "--label", AMX_LABEL)
     session.run(
         *amx,
-        *session.posargs,
+        *asked,
         env={**ENV, "PYTHONPATH": "tests"},
         success_codes=[0, 3] if _allowance(session) else [0],
     )

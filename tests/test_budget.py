@@ -93,7 +93,7 @@ def test_sizes_are_those_of_the_model(folder, targets):
 
 
 @pytest.mark.parametrize("checkpointing", [True, False])
-@pytest.mark.parametrize("family", ["Qwen3-MoE", "Mixtral", "DeepSeek-V3"])
+@pytest.mark.parametrize("family", ["Qwen3-MoE", "Mixtral", "DeepSeek-V2", "DeepSeek-V3"])
 def test_activations_are_those_of_a_step(family, checkpointing, monkeypatch):
     """The same step of the attached model on real tensors; its experts are replaced, as they are another part."""
     elsewhere = dry_step._Run.apply
@@ -151,6 +151,20 @@ def test_ways_are_those_that_the_keys_allow(folder, free, kernel_is_there):
     short = make(folder, keys={"kt_backend": "AMXInt8"})
     assert short.best is None
     assert "kt_backend: torch, kt_torch_packing: off" in budget.remedy(short)
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_many_layers_are_what_some_of_them_say(folder, monkeypatch, checkpointing):
+    """Memory and operations are linear in the layers, so that sixty of them need not be run."""
+    config = transformers.AutoConfig.from_pretrained(folder)
+    config.num_hidden_layers = 11
+    config.save_pretrained(folder)
+    quick = make(folder, batch=Batch(1, 64, checkpointing))
+    operations = quick.operations()
+    monkeypatch.setattr(dry_step, "_FEW", (100, 200))
+    whole = make(folder, batch=Batch(1, 64, checkpointing))
+    assert size(quick, "its activations") == size(whole, "its activations")
+    assert operations == whole.operations()
 
 
 def test_what_is_retained_and_what_checkpointing_saves(folder):
@@ -265,5 +279,22 @@ def test_the_documented_table_is_what_the_rows_say():
     text = (Path(__file__).resolve().parent.parent / "docs" / "families.md").read_text(encoding="utf-8")
     for name, layers in (("DeepSeek-V2-Lite", 26), ("Qwen3-30B-A3B", 48), ("Mixtral-8x7B", 32), ("DeepSeek-V3", 58)):
         size = layers * TABLE["AMXBF16"].memory(Plan("AMXBF16", None, 1, 1, True), SHAPES[name]).each / 1e9
-        (row,) = [line for line in text.splitlines() if line.startswith(f"| {name} |")]
+        row = next(line for line in text.splitlines() if line.startswith(f"| {name} |"))
         assert f"| {size:.1f} GB |" in row or f"| {size:.0f} GB |" in row
+
+
+def test_the_planned_table_is_what_the_rows_say():
+    """docs/families.md: the experts of all layers, by format."""
+    text = (Path(__file__).resolve().parent.parent / "docs" / "families.md").read_text(encoding="utf-8")
+    for name, layers in (("DeepSeek-V2-Lite", 26), ("Qwen3-30B-A3B", 48), ("Mixtral-8x7B", 32), ("DeepSeek-V3", 58)):
+        sizes = {room.as_keys(way.keys): way.size / 1e9 for way in room.ways([SHAPES[name]] * layers)}
+        lines = [line for line in text.splitlines() if line.startswith(f"| {name} |")]
+        written = [float(cell) for cell in lines[1].split("|")[2:6]]
+        lora = 16 * layers * sum(torch.Size(s).numel() for s in SHAPES[name].lora_shapes().values()) / 1e9
+        expected = [
+            sizes["kt_backend: AMXBF16, kt_share_backward: off"],
+            sizes["kt_backend: AMXBF16, kt_share_backward: on"],
+            sizes["kt_backend: AMXInt8, kt_share_backward: on"],
+            lora,
+        ]
+        assert written == pytest.approx(expected, rel=0.02), name

@@ -321,3 +321,10 @@ def test_auto_leaves_int4_for_ranks_that_it_does_not_take(folders, monkeypatch):
 def test_int4_takes_rank_8_at_most(folders):
     with pytest.raises(KTError, match=r"lora_rank\): got 16; kt_backend: AMXInt4 takes 1 to 8"):
         ktmoe.load_model(folders / "int4", config("AMXInt4"), r=16)
+
+
+def test_every_fp8_number_is_what_torch_says():
+    every = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).view(1, 16, 16)
+    got = ktmoe.BlockFP8(every, torch.full((1, 1, 1), 3.0)).rows(0, 0, 16)
+    assert got.isnan().sum() == 2
+    assert torch.equal(got.nan_to_num(1e9), (every[0].float() * 3.0).nan_to_num(1e9))

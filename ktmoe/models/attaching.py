@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import nn
 from tqdm.auto import tqdm
@@ -103,7 +103,6 @@ def attach(
                     experts.original = layer.modules
                 experts.train(layer.modules[0].training)
                 layer.put(experts)
-                _mend(layer.block, experts)
             refuse_saving(model)
             watch(model)
             return model if lora is None else get_peft_model(model, lora)
@@ -139,12 +138,6 @@ def _load(layers: dict[str, MoEExperts], rank: int, streamed: bool) -> None:
             bar.update(experts.weights.nbytes())
     if found := distance.sentence(loaded):
         say_once(f"ktmoe: {found}")
-
-
-def _mend(block: Any, experts: MoEExperts) -> None:
-    """DeepSeek-V2's group-limited routing reads an attribute that transformers 5.0 to 5.6 do not set."""
-    if type(block).__name__ == "DeepseekV2Moe" and not hasattr(block, "num_experts"):
-        block.num_experts = experts.num_experts
 
 
 def detach(model: nn.Module) -> nn.Module:

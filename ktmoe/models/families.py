@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
@@ -141,6 +141,9 @@ class Layer:
             setattr(self.block, self.name.rpartition(".")[2], experts)
         else:
             take_over(self.block, self.row, experts)
+        # DeepSeek-V2's group-limited routing reads an attribute that transformers 5.0 to 5.6 do not set.
+        if type(self.block).__name__ == "DeepseekV2Moe" and not hasattr(self.block, "num_experts"):
+            cast(Any, self.block).num_experts = self.num_experts
 
     def _holders(self) -> Iterator[tuple[str, Any]]:
         prefix = self.name.rpartition(".")[0]
