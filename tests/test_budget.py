@@ -226,6 +226,19 @@ def test_nothing_is_loaded_that_cannot_fit(name, tmp_path, free, kernel_is_there
     assert all(torch.equal(before[n], p) for n, p in model.state_dict().items())
 
 
+def test_a_model_that_asks_for_numbers_is_no_traceback(folder, monkeypatch):
+    """Code of a hub's model may be anything."""
+    forward = transformers.models.qwen3_moe.modeling_qwen3_moe.Qwen3MoeAttention.forward
+
+    def asks(self, hidden_states, *args, **kwargs):
+        assert bool(hidden_states.sum() == 0)
+        return forward(self, hidden_states, *args, **kwargs)
+
+    monkeypatch.setattr(transformers.models.qwen3_moe.modeling_qwen3_moe.Qwen3MoeAttention, "forward", asks)
+    with pytest.raises(budget.CannotCount, match="does not run on tensors without numbers"):
+        make(folder)
+
+
 def test_the_command(folder, free):
     free(10**9)
     done = CliRunner().invoke(app, ["plan", folder, "--json", "--length", "64"])

@@ -23,6 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ktmoe.adapters import our_own, reach
 from ktmoe.models import expert_modules, find, make_skeleton
+from ktmoe.types import KTError
 
 
 if TYPE_CHECKING:
@@ -50,6 +51,10 @@ class Batch:
     def tokens(self) -> int:
         """Of all sequences."""
         return self.sequences * self.length
+
+
+class CannotCount(KTError):
+    """A model whose code does not run on tensors without numbers."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +95,7 @@ def dry_step(
 
     Raises:
         KTError: a model or an adapter that `attach` would refuse.
+        CannotCount: the model's code does not run so.
     """
     model, expert_trainable = _model(model_config, lora, dtype, trust_remote_code)
     there = [t for n, t in (*model.named_parameters(), *model.named_buffers()) if not n.endswith(_STAND_IN)]
@@ -196,7 +202,22 @@ def _give_sizes(model: nn.Module) -> None:
 
 
 def _train(model: Any, batch: Batch, dtype: torch.dtype) -> None:
-    """Forward and backward, as trainers have them."""
+    """Forward and backward, as trainers have them.
+
+    Raises:
+        CannotCount: the model's code asks for a number, or for something else that is not there.
+    """
+    try:
+        _step(model, batch, dtype)
+    except Exception as error:  # of code that is not ours, and that may be anybody's
+        why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise CannotCount(
+            f"{type(model).__name__}: what a step takes cannot be counted: its code does not run on tensors without "
+            f"numbers ({why})."
+        ) from error
+
+
+def _step(model: Any, batch: Batch, dtype: torch.dtype) -> None:
     model.train()
     if batch.checkpointing:
         model.enable_input_require_grads()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ktmoe.budget import Batch, Budget, make, remedy, sentence
+from ktmoe.budget import Batch, Budget, CannotCount, make, remedy, sentence
 from ktmoe.llamafactory import preflight
 from ktmoe.llamafactory.arguments import kt_config
 from ktmoe.llamafactory.logs import logger
@@ -56,7 +56,11 @@ def check_budget(model_args: Any, data_args: Any, training_args: Any, finetuning
     """
     if model_args.kt_plan == "off" or not training_args.do_train:
         return
-    budget = budget_of(model_args, data_args, training_args, finetuning_args)
+    try:
+        budget = budget_of(model_args, data_args, training_args, finetuning_args)
+    except CannotCount as error:
+        logger().warning_rank0(f"ktmoe: memory was not looked at before loading. {error}")
+        return
     computed = [way for way in budget.ways if not way.why_not]
     if computed and not any(budget.fits(way, certain=True) for way in computed):
         least = min(computed, key=lambda way: budget.on_host(way, certain=True))
