@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import sys
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any, Optional
@@ -125,11 +127,12 @@ def plan(
 
     def command() -> None:
         if model.endswith((".yaml", ".yml", ".json")):
-            from ktmoe.llamafactory import plan as of_training
-
             if given:
                 raise KTError(f"--{next(iter(given))}: {model} says that. Give its own keys after it, as key=value.")
-            found = of_training([model, *(arguments or [])])
+            with contextlib.redirect_stdout(sys.stderr):  # LLaMA-Factory's log is no part of the answer
+                from ktmoe.llamafactory import plan as of_training
+
+                found = of_training([model, *(arguments or [])])
         elif arguments:
             raise KTError(f"{arguments[0]}: keys belong to a configuration; for a model there are --rank and others.")
         else:

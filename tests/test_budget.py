@@ -269,7 +269,7 @@ def test_the_command_with_a_configuration(tmp_path):
     command = [sys.executable, "-m", "ktmoe.cli", "plan", str(config)]
     done = subprocess.run([*command, "--json", "cutoff_len=16"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout[done.stdout.index("{") :])
+    found = json.loads(done.stdout)  # and nothing else
     assert found["batch"] == {"sequences": 6, "length": 16, "checkpointing": True}
     refused = subprocess.run([*command, "--rank", "4"], capture_output=True, text=True)
     assert (refused.returncode, "ktmoe: --rank" in refused.stderr) == (2, True), refused.stderr

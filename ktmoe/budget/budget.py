@@ -232,6 +232,8 @@ def remedy(budget: Budget) -> str:
     if fits:
         return f"With {as_keys(fits.keys)} it fits."
     less = [] if budget.batch.checkpointing else ["gradient checkpointing"]
+    if budget.retained:
+        less.append("kt_cpu_activation: recompute")
     if budget.batch.sequences > 1:
         less.append("per_device_train_batch_size: 1")
     less += ["a smaller cutoff_len", "quantization_bit: 4 for everything but the routed experts"]
