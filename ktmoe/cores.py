@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from ktmoe.cgroups import ROOT, folders, text
@@ -26,17 +27,18 @@ def usable_cores(root: Path = ROOT, nodes: Iterable[int] | None = None) -> int:
     return max(1, found if limit is None else min(found, int(limit)))
 
 
-def cores(root: Path = ROOT, node: int | None = None) -> list[list[int]]:
+def cores(root: Path = ROOT, node: int | None = None, allowed: set[int] | None = None) -> list[list[int]]:
     """The physical cores in the process's mask, each with its hyper-threads in the mask.
 
     Args:
         root: where `/proc` and `/sys` are.
         node: only those of this NUMA node.
+        allowed: the mask, where it is not to be that of the calling thread.
     """
     system = root / "sys/devices/system"
     near = None if node is None else _ids(system / f"node/node{node}/cpulist")
     found: dict[str, list[int]] = {}
-    for cpu in sorted(mask()):
+    for cpu in sorted(mask() if allowed is None else allowed):
         if near is None or cpu in near:
             siblings = text(system / f"cpu/cpu{cpu}/topology/thread_siblings_list") or str(cpu)
             found.setdefault(siblings, []).append(cpu)
@@ -96,8 +98,17 @@ def _limit(folder: Path) -> float | None:
 
 
 def mask() -> set[int]:
-    """CPUs that the process may run on."""
+    """CPUs that the calling thread may run on: those of the process, unless somebody has bound the thread."""
     return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+
+
+def masks_of_threads() -> set[int]:
+    """CPUs that any thread of the process may run on: what is lost here was taken from all of them."""
+    found: set[int] = set()
+    for task in Path("/proc/self/task").glob("*"):
+        with suppress(OSError):  # it has ended
+            found |= os.sched_getaffinity(int(task.name))
+    return found
 
 
 def _ids(path: Path) -> set[int]:

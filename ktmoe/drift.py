@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ktmoe.backends import kt
 from ktmoe.cgroups import ROOT
-from ktmoe.cores import mask, periods, quota, usable_cores
+from ktmoe.cores import masks_of_threads, periods, quota, usable_cores
 from ktmoe.notices import say_once
 
 
@@ -41,16 +41,17 @@ class Watch:
             if not first:
                 self._look_at_cores()
                 self._look_at_quota()
-            self._mask, self._periods = mask(), periods(self._root)
+            self._mask, self._periods = masks_of_threads(), periods(self._root)
         finally:
             self._lock.release()
 
     def _look_at_cores(self) -> None:
-        if mask() != self._mask:
-            kt.bind_again()
+        now = masks_of_threads()
+        if lost := self._mask - now:
+            kt.bind_again(now)
             say_once(
-                f"ktmoe: this process may use CPUs {_listed(mask())} now, and no more {_listed(self._mask)}. The "
-                "number of threads stays what it was chosen to be: start again if that is for long."
+                f"ktmoe: CPUs {_listed(lost)} were taken from this process, which has {_listed(now)} now. The number "
+                "of threads stays what it was chosen to be: start again if that is for long."
             )
         elif moved := kt.bind_again():
             say_once(

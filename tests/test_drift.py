@@ -41,15 +41,18 @@ def test_a_quota_that_stops_the_process_is_said_once(watch):
 
 
 def test_cores_that_are_taken_away_are_said(watch, monkeypatch):
+    monkeypatch.setattr(drift, "masks_of_threads", lambda: {0, 1, 2, 3, 5, 8})
     watch()
-    monkeypatch.setattr(drift, "mask", lambda: {0, 1, 2, 5})
+    monkeypatch.setattr(drift, "masks_of_threads", lambda: {0, 1, 2, 5})
     (said,) = watch()
-    assert "CPUs 0-2,5 now" in said
+    assert "CPUs 3,8 were taken from this process, which has 0-2,5 now" in said
+    monkeypatch.setattr(drift, "masks_of_threads", lambda: {0, 1, 2, 3, 5})  # one comes back
+    assert watch() == [said]
 
 
 def test_it_does_not_look_at_every_call(monkeypatch):
     looked = []
-    monkeypatch.setattr(drift, "mask", lambda: looked.append(1) or set())
+    monkeypatch.setattr(drift, "masks_of_threads", lambda: looked.append(1) or set())
     watch = drift.Watch()
     for _ in range(100):
         watch.look()
@@ -74,6 +77,7 @@ def test_a_thread_that_was_moved_is_put_back(name):
         drift._EVERY, watch = 0.0, drift.Watch()
         watch.look()
         (thread, *_) = Host._own()[0]._workers
+        os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])  # as OMP_PROC_BIND does to the main thread
         own = os.sched_getaffinity(thread)
         os.sched_setaffinity(thread, set({allowed}) - own)
         with warnings.catch_warnings(record=True) as said:

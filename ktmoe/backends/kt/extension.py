@@ -132,6 +132,7 @@ class Host:
         self._tids = _threads().keys() - others
         self._settled = False
         self._workers: list[int] = []  # of `_tids`, which may hold a thread that somebody else started at that time
+        self._cpus: dict[int, set[int]] = {}  # of each worker
         self._bind()
         # Never destroyed: its destructor prints to stdout at interpreter exit, when nobody can redirect it any more.
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(self.infer))
@@ -153,10 +154,13 @@ class Host:
             return host
 
     @classmethod
-    def bind_again(cls) -> int:
-        """Puts threads back on their cores; returns how many were elsewhere."""
+    def bind_again(cls, allowed: set[int] | None = None) -> int:
+        """See `bind_again` below."""
         with cls.lock:
-            return sum(host._bind() for host in cls._own() if host._settled)
+            settled = [host for host in cls._own() if host._settled]
+            for host in settled if allowed is not None else ():
+                host._bind(allowed)
+            return sum(_bind_thread(tid, cpus) for host in settled for tid, cpus in host._cpus.items())
 
     @classmethod
     def all_idle(cls) -> list[Any]:
@@ -198,15 +202,11 @@ class Host:
         finally:
             resting.rest(self._workers)
 
-    def _bind(self) -> int:
+    def _bind(self, allowed: set[int] | None = None) -> None:
         """Gives each thread cores of its own in the process's mask: the extension counts from core 0, whatever it is.
 
         Its threads are called `numa_{node}_{m|t}_{number}`, and its queue's thread has the mask already.
-
-        Returns:
-            How many had others.
         """
-        moved = 0
         by_node: defaultdict[int, list[tuple[int, int]]] = defaultdict(list)
         named = {tid: name for tid, name in _threads().items() if tid in self._tids and name.startswith("numa_")}
         self._workers = list(named)
@@ -214,17 +214,28 @@ class Host:
             node, number = name.split("_")[1::2]
             by_node[int(node)].append((int(number), tid))
         for at, numbered in by_node.items():
-            own = cores(node=at) or cores()
+            own = cores(node=at, allowed=allowed) or cores(allowed=allowed)
             for (_, tid), cpus in zip(sorted(numbered), shares(len(numbered), own), strict=True):
-                with suppress(OSError):  # the thread is gone, or the mask was narrowed in between
-                    moved += os.sched_getaffinity(tid) != cpus
-                    os.sched_setaffinity(tid, cpus)
-        return moved
+                self._cpus[tid] = cpus
+                _bind_thread(tid, cpus)
 
 
-def bind_again() -> int:
-    """Puts the threads of all pools back on their cores. Returns how many were elsewhere."""
-    return Host.bind_again()
+def bind_again(allowed: set[int] | None = None) -> int:
+    """Puts the threads of all pools back on their cores. Returns how many were elsewhere.
+
+    Args:
+        allowed: the CPUs that there are now, where they have changed: they get others then.
+    """
+    return Host.bind_again(allowed)
+
+
+def _bind_thread(tid: int, cpus: set[int]) -> bool:
+    """Whether the thread was elsewhere."""
+    with suppress(OSError):  # it is gone, or the mask was narrowed in between
+        if os.sched_getaffinity(tid) != cpus:
+            os.sched_setaffinity(tid, cpus)
+            return True
+    return False
 
 
 os.register_at_fork(after_in_child=Host._forked)
