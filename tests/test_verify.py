@@ -2,9 +2,11 @@
 
 import argparse
 import json
+import os
 import signal
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 from html.parser import HTMLParser
 
@@ -17,7 +19,7 @@ from ktmoe import KTError, cli
 from ktmoe.backends import KERNEL_BACKENDS, TABLE, Limits, kt
 from ktmoe.backends.kt import extension
 from ktmoe.types import MoEShape
-from ktmoe.verify import accuracy, environment, placement, plots, report, results, throughput, traps, weights
+from ktmoe.verify import accuracy, environment, placement, plots, report, results, throughput, traps, usage, weights
 
 
 @pytest.fixture
@@ -197,6 +199,20 @@ def check_page(text):
     assert page.open == []
     assert page.outside == []
     assert {"svg", "table", "h2"} <= page.seen
+
+
+def test_a_thread_outside_of_the_mask_is_found(monkeypatch):
+    """The main thread's is the process's."""
+    assert usage.outside_of_the_mask() == []
+    monkeypatch.setattr(usage.os, "sched_getaffinity", lambda thread: {0} if thread == os.getpid() else {0, 99})
+    everywhere = threading.Event()
+    thread = threading.Thread(target=everywhere.wait, name="elsewhere")
+    thread.start()
+    try:
+        assert any("may run on CPU 99, outside" in problem for problem in usage.outside_of_the_mask())
+    finally:
+        everywhere.set()
+        thread.join()
 
 
 def test_memory_of_each_node_is_what_linux_says():

@@ -7,10 +7,8 @@ thread outside of the affinity mask fails, memory of packed weights away from it
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
 from collections import Counter
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -26,18 +24,11 @@ from ktmoe.gate import contract
 from ktmoe.planning import plan
 from ktmoe.shapes import SHAPES
 from ktmoe.types import MoEShape
-from ktmoe.verify import results, throughput
+from ktmoe.verify import results, throughput, usage
 
 
 _SHAPE = "DeepSeek-V2-Lite"
 _ELSEWHERE = 0.1  # of the packed weights: libraries and Python's own memory are on any node
-
-
-def threads_of(process: str = "self") -> Iterator[tuple[int, str, set[int]]]:
-    """System id, name and CPUs of every thread of a process."""
-    for task in sorted(Path(f"/proc/{process}/task").glob("*"), key=lambda path: int(path.name)):
-        with suppress(OSError):  # it has ended
-            yield int(task.name), (task / "comm").read_text().strip(), os.sched_getaffinity(int(task.name))
 
 
 def memory_by_node(text: str) -> dict[int, int]:
@@ -95,14 +86,9 @@ def look(name: str, shape: MoEShape, tp: bool, tokens: int, rounds: int) -> dict
         backend = build(replace(decided, threads=threads), case.weights, shape, case.lora.scaling)
         found = [sum(throughput.once(backend, case)) for _ in range(rounds + 1)][1:]
         seconds[threads] = statistics.median(found)
-        mine = [(tid, name, cpus) for tid, name, cpus in threads_of() if name.startswith("numa_")]
+        mine = [(thread, cpus) for thread, cpus in usage.threads() if thread.startswith("numa_")]
         backend.close()
-    mask = os.sched_getaffinity(0)
-    problems = [
-        f"{name}: {thread} may run on CPU {', '.join(map(str, sorted(cpus - mask)))}, outside of the process's mask"
-        for _, thread, cpus in threads_of()
-        if cpus - mask
-    ]
+    problems = [f"{name}: {problem}" for problem in usage.outside_of_the_mask()]
     by_node: dict[int, int] = {}
     with suppress(OSError):
         by_node = memory_by_node(Path("/proc/self/numa_maps").read_text())
@@ -114,7 +100,7 @@ def look(name: str, shape: MoEShape, tp: bool, tokens: int, rounds: int) -> dict
         "backend": name,
         "nodes": list(decided.nodes),
         "seconds": seconds,
-        "threads": [{"name": thread, "cpus": sorted(cpus)} for _, thread, cpus in mine],
+        "threads": [{"name": thread, "cpus": sorted(cpus)} for thread, cpus in mine],
         "by_node": by_node,
         "huge_pages": huge_pages(),
         "problems": problems,

@@ -110,7 +110,7 @@ def run(backend: str, seconds: float, seed: int, watch: Callable[[Run], None]) -
                 found.problems.append(f"step {tuning.steps}: the loss is {loss}")
                 break
         found.tokens = tuning.tokens
-        found.problems += tuning.mismatches[:3]
+        found.problems += [*tuning.mismatches[:3], *usage.outside_of_the_mask()]
     judge(found)
     return found
 

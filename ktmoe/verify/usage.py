@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -37,6 +38,23 @@ def measure(process: psutil.Process) -> tuple[int, int, int, int, int]:
     parts = (("Rss",), ("Private_Clean", "Private_Dirty", "Private_Hugetlb"), ("Anonymous", "Swap"))
     rss, uss, private = (1024 * sum(kib[name] for name in names) for names in parts)
     return rss, uss, private, threads, descriptors
+
+
+def threads() -> Iterator[tuple[str, set[int]]]:
+    """Name and CPUs of every thread of this process."""
+    for task in sorted(Path("/proc/self/task").glob("*"), key=lambda path: int(path.name)):
+        with suppress(OSError):  # it has ended
+            yield (task / "comm").read_text().strip(), os.sched_getaffinity(int(task.name))
+
+
+def outside_of_the_mask() -> list[str]:
+    """Threads that may run where the main one may not, as sentences."""
+    mask = os.sched_getaffinity(os.getpid())
+    return [
+        f"{name} may run on CPU {', '.join(map(str, sorted(cpus - mask)))}, outside of the process's mask"
+        for name, cpus in threads()
+        if cpus - mask
+    ]
 
 
 @contextmanager
