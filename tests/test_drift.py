@@ -1,6 +1,12 @@
 """What held when a run began and does not any more is said once: cores, threads, quotas."""
 
 import os
+import subprocess
+import sys
+import textwrap
+import time
+from contextlib import suppress
+from pathlib import Path
 
 import pytest
 from helpers import KERNELS, run_python
@@ -87,3 +93,45 @@ def test_a_thread_that_was_moved_is_put_back(name):
         assert "1 of the kernel's threads had been moved" in str(said[0].message), said
     """)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture
+def granted():
+    """A control group of this machine's that grants half a CPU; skipped where none may be made."""
+    top = Path("/sys/fs/cgroup/cpu") if Path("/sys/fs/cgroup/cpu").is_dir() else Path("/sys/fs/cgroup")
+    group = top / f"ktmoe-test-{os.getpid()}"
+    try:
+        group.mkdir()
+        v1 = (group / "cpu.cfs_quota_us").exists()
+        (group / ("cpu.cfs_quota_us" if v1 else "cpu.max")).write_text("50000" if v1 else "50000 100000")
+    except OSError as error:
+        with suppress(OSError):
+            group.rmdir()
+        pytest.skip(f"a real quota NOT verified on this host: no control group may be made ({error})")
+    yield group
+    for _ in range(100):  # until its last process is gone
+        with suppress(OSError):
+            group.rmdir()
+            return
+        time.sleep(0.05)
+
+
+def test_a_real_quota_is_noticed(granted):
+    script = textwrap.dedent(f"""
+        import os, time, warnings
+        open({str(granted / "cgroup.procs")!r}, "w").write(str(os.getpid()))
+        from ktmoe import drift
+        from ktmoe.cores import quota, usable_cores
+        drift._EVERY, watch = 0.0, drift.Watch()
+        watch.look()
+        end = time.monotonic() + 3
+        while time.monotonic() < end:
+            pass
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            watch.look()
+        print(quota(), usable_cores(), *(str(w.message) for w in said))
+    """)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("0.5 1 ktmoe: the quota of 0.5 CPUs of this container or job stopped it in"), done
