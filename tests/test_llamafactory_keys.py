@@ -106,3 +106,27 @@ def test_a_training_asks_for_huge_pages(who):
     command = [sys.executable, "-c", ADVISED, who]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == str(who == "ktmoe")
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"kt_numa_nodes": [0, 2]}, (0, 2)),
+        ({"kt_numa_nodes": 1}, (1,)),
+        (["--kt_numa_nodes", "0,2"], (0, 2)),
+        ({}, None),
+    ],
+)
+def test_nodes_are_a_list_in_a_file_and_text_on_a_command_line(llamafactory, given, expected):
+    from llamafactory.hparams import ModelArguments
+    from transformers import HfArgumentParser
+
+    from ktmoe.llamafactory.arguments import kt_config
+
+    parser = HfArgumentParser(ModelArguments)
+    name = {"model_name_or_path": "x"}
+    if isinstance(given, dict):
+        (args,) = parser.parse_dict({**name, **given})
+    else:
+        (args,) = parser.parse_args_into_dataclasses(["--model_name_or_path", "x", *given])
+    assert kt_config(args).kt_numa_nodes == expected
