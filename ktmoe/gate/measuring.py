@@ -33,14 +33,14 @@ def measure(shape: MoEShape, plans: Sequence[Plan], stored: str, tokens: int) ->
     What stands around the experts in a model is part of it: what the kernel's threads take from torch's next products
     counts.
 
-    Returns:
-        For each plan seconds of the experts, and of the dense products around them.
-
     Args:
         shape: of the layer that is to be trained.
         plans: to compare.
         stored: the format of the weights, as `ExpertWeights.stored`.
         tokens: of the whole layer; a part of the experts gets its part of them.
+
+    Returns:
+        For each plan seconds of the experts, and of the dense products around them.
     """
     part, tokens = part_of(shape, tokens)
     case = contract.draw_case(part, 1, seed=0, stored=stored)
