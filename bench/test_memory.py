@@ -5,13 +5,11 @@ tokens with everything else frozen: weights are measured, not the activations th
 and 64 tokens). The matrices are 2048 x 1536.
 """
 
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
+from anonymous import peak
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
 from ktmoe.backends import TABLE, kt
@@ -80,29 +78,13 @@ def checkpoints(tmp_path_factory):
     return get
 
 
-def anonymous(pid):
-    """Bytes of anonymous memory that a process has."""
-    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:")), 0)
-
-
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory NOT measured: no /proc on this system")
 @pytest.mark.parametrize("name", LIMITS)
 def test_peak_of_anonymous_memory(name, checkpoints, record_property):
     if name != "torch" and not kt.available():
         pytest.skip(f"kernel NOT verified on this host: {kt.variant()}")
     folder, small, size = checkpoints(TABLE[name].stored)
-    command = [sys.executable, "-c", CHILD, name, str(folder), str(small)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
-        assert child.stdout.readline() == "ready\n"
-        before = peak = anonymous(child.pid)
-        child.stdin.write("\n")
-        child.stdin.flush()
-        while child.poll() is None:
-            peak = max(peak, anonymous(child.pid))
-            time.sleep(0.002)
-    assert child.returncode == 0
-    part = (peak - before) / size
+    part = peak(CHILD, name, str(folder), str(small)) / size
     print(f"\n{name}: {part:.3f} of {size / 1e9:.2f} GB of experts at the peak")
     record_property("part_of_the_experts", part)
     assert part <= LIMITS[name]

@@ -5,15 +5,12 @@ autocast, as trainers have it. What a GPU would take is not measured.
 """
 
 import json
-import subprocess
-import sys
-import time
 
 import peft
 import pytest
 import torch
 import transformers
-from test_memory import anonymous
+from anonymous import peak
 
 from ktmoe import KTConfig, budget
 from ktmoe.backends import TABLE, kt
@@ -111,23 +108,8 @@ def test_the_plan_is_what_is_measured(family, backend, rank, checkpointing, save
     found = budget.make(config, lora, budget.Batch(*BATCH, checkpointing), KTConfig(**keys), on_cpu=True)
     planned = found.on_host(found.ways[0])
     told = {"small": saved("small"), "large": saved(family), "keys": keys, "batch": BATCH}
-    measured = peak(told | {"rank": rank, "checkpointing": checkpointing})
+    measured = peak(CHILD, json.dumps(told | {"rank": rank, "checkpointing": checkpointing}))
     off = planned / measured - 1
     print(f"\n{family}, {backend}, rank {rank}, {checkpointing=}: {measured / 1e9:.2f} GB, planned {off:+.1%}")
     record_property("off", off)
     assert abs(off) < LIMIT
-
-
-def peak(told):
-    """Bytes at the most, beyond what the process had before."""
-    command = [sys.executable, "-c", CHILD, json.dumps(told)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
-        assert child.stdout.readline() == "ready\n"
-        before = most = anonymous(child.pid)
-        child.stdin.write("\n")
-        child.stdin.flush()
-        while child.poll() is None:
-            most = max(most, anonymous(child.pid))
-            time.sleep(0.003)
-    assert child.returncode == 0
-    return most - before

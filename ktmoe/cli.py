@@ -127,8 +127,8 @@ def plan(
 
     def command() -> None:
         if model.endswith((".yaml", ".yml", ".json")):
-            if given:
-                raise KTError(f"--{next(iter(given))}: {model} says that. Give its own keys after it, as key=value.")
+            if named := [*given, *(["trust-remote-code"] if trust_remote_code else [])]:
+                raise KTError(f"--{named[0]}: {model} says that. Give its own keys after it, as key=value.")
             with contextlib.redirect_stdout(sys.stderr):  # LLaMA-Factory's log is no part of the answer
                 from ktmoe.llamafactory import plan as of_training
 

@@ -102,13 +102,19 @@ def mask() -> set[int]:
     return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
 
 
-def masks_of_threads() -> set[int]:
-    """CPUs that any thread of the process may run on: what is lost here was taken from all of them."""
-    found: set[int] = set()
+def running_threads() -> dict[int, tuple[str, set[int]]]:
+    """By system id, the name of every thread of this process and the CPUs that it may run on; none without /proc."""
+    found = {}
     for task in Path("/proc/self/task").glob("*"):
         with suppress(OSError):  # it has ended
-            found |= os.sched_getaffinity(int(task.name))
+            name = (task / "comm").read_text().strip()
+            found[int(task.name)] = name, os.sched_getaffinity(int(task.name))
     return found
+
+
+def in_words(nodes: Sequence[int]) -> str:
+    """Ids of NUMA nodes, as `nodes 0, 2`."""
+    return f"node{'s' if len(nodes) > 1 else ''} {', '.join(map(str, nodes))}"
 
 
 def _ids(path: Path) -> set[int]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from pathlib import Path
+from threading import Lock
 
 from ktmoe.backends import kt
 from ktmoe.cgroups import ROOT
-from ktmoe.cores import masks_of_threads, periods, quota, usable_cores
+from ktmoe.cores import periods, quota, running_threads, usable_cores
 from ktmoe.notices import say_once
 
 
@@ -26,7 +26,7 @@ class Watch:
             root: where `/proc` and `/sys` are.
         """
         self._root = root
-        self._lock = threading.Lock()
+        self._lock = Lock()
         self._next = 0.0
         self._mask: set[int] = set()
         self._periods: list[tuple[int, int]] = []
@@ -41,12 +41,12 @@ class Watch:
             if not first:
                 self._look_at_cores()
                 self._look_at_quota()
-            self._mask, self._periods = masks_of_threads(), periods(self._root)
+            self._mask, self._periods = _cpus(), periods(self._root)
         finally:
             self._lock.release()
 
     def _look_at_cores(self) -> None:
-        now = masks_of_threads()
+        now = _cpus()
         if lost := self._mask - now:
             kt.bind_again(now)
             say_once(
@@ -56,7 +56,8 @@ class Watch:
         elif moved := kt.bind_again():
             say_once(
                 f"ktmoe: {moved} of the kernel's threads had been moved from their cores by somebody else, and are "
-                "back on them: leave them out of taskset -a and the like."
+                "back on them: leave them out of taskset -a and the like.",
+                about="moved threads",
             )
 
     def _look_at_quota(self) -> None:
@@ -67,8 +68,17 @@ class Watch:
                 say_once(
                     f"ktmoe: the quota of {quota(self._root) or 0:g} CPUs of this container or job stopped it "
                     f"in {part:.0%} of its time slices: more threads run than it grants. Try kt_num_threads: "
-                    f"{max(1, cores - 1)} and OMP_NUM_THREADS={cores}, or a larger quota."
+                    f"{max(1, cores - 1)} and OMP_NUM_THREADS={cores}, or a larger quota.",
+                    about="quota",
                 )
+
+
+def _cpus() -> set[int]:
+    """What any thread of the process may run on: what is lost here was taken from all of them.
+
+    The mask of one thread says less: OpenMP may have bound it.
+    """
+    return set().union(*(cpus for _, cpus in running_threads().values()))
 
 
 def _listed(cpus: set[int]) -> str:

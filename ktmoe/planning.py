@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from ktmoe.backends import TABLE, Plan, Row, kt
 from ktmoe.backends.kt import PackedLayer, PackedModel
 from ktmoe.config import KTConfig
-from ktmoe.cores import numa_nodes, usable_cores
+from ktmoe.cores import in_words, numa_nodes, usable_cores
 from ktmoe.types import ExpertWeights, KTError, MoEShape
 from ktmoe.validation import check_shape
 
@@ -55,26 +53,22 @@ def _nodes(config: KTConfig, row: Row, shape: MoEShape) -> tuple[int, ...]:
     there, named = numa_nodes(), config.kt_numa_nodes
     if named and (lost := [n for n in named if n not in there]):
         raise KTError(
-            f"kt_numa_nodes: got {_listed(named)}; this process has cores on {_listed(there)} (/sys and its affinity "
-            f"mask say), and none on {_listed(lost)}. Name some of those, or leave it out."
+            f"kt_numa_nodes: got {in_words(named)}; this process has cores on {in_words(there)} (/sys and its "
+            f"affinity mask say), and none on {in_words(lost)}. Name some of those, or leave it out."
         )
     if named and len(named) > 1 and not config.kt_tp_enabled:
         raise KTError(
-            f"kt_numa_nodes: got {_listed(named)}; without kt_tp_enabled the experts are in the memory of one node. "
+            f"kt_numa_nodes: got {in_words(named)}; without kt_tp_enabled the experts are in the memory of one node. "
             "Write kt_tp_enabled: true too, or one node."
         )
     nodes = named or there
     tp = row.largest_tp(shape, len(nodes)) if config.kt_tp_enabled else 1
     if named and tp < len(named):
         raise KTError(
-            f"kt_numa_nodes: got {_listed(named)}; experts with an intermediate size of {shape.intermediate_size} "
+            f"kt_numa_nodes: got {in_words(named)}; experts with an intermediate size of {shape.intermediate_size} "
             f"divide into {tp} parts at most for {row.name}. Name {tp} of them."
         )
     return tuple(nodes[:tp])
-
-
-def _listed(nodes: Sequence[int]) -> str:
-    return f"node{'s' if len(nodes) > 1 else ''} {', '.join(map(str, nodes))}"
 
 
 def _choose(config: KTConfig, shape: MoEShape, stored: str | None) -> tuple[str, tuple[tuple[str, str], ...]]:
@@ -117,7 +111,7 @@ def _not_bound(row: Row, config: KTConfig) -> str:
     if not config.kt_numa_nodes or row.is_kernel:
         return ""
     return (
-        f"kt_numa_nodes: got {_listed(config.kt_numa_nodes)}; it binds the kernel's threads, and kt_backend: "
+        f"kt_numa_nodes: got {in_words(config.kt_numa_nodes)}; it binds the kernel's threads, and kt_backend: "
         f"{row.name} computes with torch's. Start the process under numactl --cpunodebind instead, and leave it out."
     )
 

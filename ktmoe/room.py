@@ -26,6 +26,8 @@ WAYS: tuple[Mapping[str, str], ...] = (
     {"kt_backend": "torch", "kt_torch_packing": "off"},
 )
 
+_TOKENS = 4096  # of a call of the kernel: kt_max_len's default
+
 
 @dataclass(frozen=True)
 class Way:
@@ -60,16 +62,20 @@ def ways(shapes: Sequence[MoEShape], stored: str = "", tokens: int = 0, one_at_a
             where forwards are not retained.
     """
     for keys in WAYS:
-        row = TABLE[keys["kt_backend"]]
-        if row.stored not in ("", stored):
-            continue
-        share = keys.get("kt_share_backward") == "on"
-        planned = Plan(row.name, None, 1, 4096, share, keys.get("kt_torch_packing", "auto"))
-        why_not = next((why for shape in set(shapes) if (why := row.refuse_shape(shape))), "") or row.refuse_host()
-        called = [row.activations(planned, row.built_for(shape), tokens) for shape in shapes]
-        if one_at_a_time and not row.is_kernel:  # an object of the kernel keeps what it has
-            called = [Memory(0, once=part.each + part.once) for part in called]
-        yield Way(keys, _bytes([(planned, shape) for shape in shapes]), why_not, _sum(called))
+        if TABLE[keys["kt_backend"]].stored in ("", stored):
+            yield way_of(keys, shapes, tokens, one_at_a_time)
+
+
+def way_of(keys: Mapping[str, str], shapes: Sequence[MoEShape], tokens: int = 0, one_at_a_time: bool = False) -> Way:
+    """One way to hold the experts, by its keys; the rest as `ways` takes it."""
+    row = TABLE[keys["kt_backend"]]
+    share = keys.get("kt_share_backward") == "on"
+    planned = Plan(row.name, None, 1, _TOKENS, share, keys.get("kt_torch_packing", "auto"))
+    why_not = next((why for shape in set(shapes) if (why := row.refuse_shape(shape))), "") or row.refuse_host()
+    called = [row.activations(planned, row.built_for(shape), tokens) for shape in shapes]
+    if one_at_a_time and not row.is_kernel:  # an object of the kernel keeps what it has
+        called = [Memory(0, once=part.each + part.once) for part in called]
+    return Way(keys, _bytes([(planned, shape) for shape in shapes]), why_not, _sum(called))
 
 
 def _bytes(layers: Sequence[tuple[Plan, MoEShape]]) -> int:
@@ -80,12 +86,27 @@ def _sum(parts: Sequence[Memory]) -> int:
     return sum(part.each for part in parts) + max((part.once for part in parts), default=0)
 
 
-def allowed(way: Way, config: KTConfig) -> bool:
-    """Whether a configuration leaves this way open. `auto` quantises nothing unasked."""
-    if config.kt_backend == "auto" and way.keys["kt_backend"] == "AMXInt8":
+def split(found: Sequence[Way], config: KTConfig, shapes: Sequence[MoEShape]) -> tuple[list[Way], list[Way]]:
+    """The ways that a configuration leaves open, and the others. `auto` quantises nothing unasked.
+
+    A backend that this host does not have has given way to torch, as in `planning.plan`.
+
+    Args:
+        found: from `ways`.
+        config: as the user wrote it.
+        shapes: of every layer.
+    """
+    wanted = {name: getattr(config, name) for name in ("kt_backend", "kt_share_backward", "kt_torch_packing")}
+    if config.kt_backend != "auto" and TABLE[config.kt_backend].refuse_host():
+        wanted["kt_backend"] = plan(config, shapes[0]).backend
+    mine = [way for way in found if _has(way, wanted)]
+    return mine, [way for way in found if way not in mine]
+
+
+def _has(way: Way, wanted: Mapping[str, str]) -> bool:
+    if wanted["kt_backend"] == "auto" and way.keys["kt_backend"] == "AMXInt8":
         return False
-    wanted = {name: getattr(config, name) for name in ("kt_backend", *way.keys)}
-    return all(value in ("auto", way.keys[name]) for name, value in wanted.items())
+    return all(wanted[name] in ("auto", value) for name, value in way.keys.items())
 
 
 def check_least(config: KTConfig, shapes: Sequence[MoEShape], stored: str, rest: int) -> None:
@@ -103,14 +124,14 @@ def check_least(config: KTConfig, shapes: Sequence[MoEShape], stored: str, rest:
     if config.kt_plan == "off":
         return
     found = [way for way in ways(shapes, stored) if not way.why_not]
-    mine, free = [way for way in found if allowed(way, config)], free_memory()
+    (mine, others), free = split(found, config, shapes), free_memory()
     least = min((way.size for way in mine), default=0)
     if least + rest <= free:
         return
-    others = [way for way in found if way not in mine and way.size + rest <= free]
+    fits = [way for way in others if way.size + rest <= free]
     raise KTError(
         f"kt_backend: {config.kt_backend}: the routed experts take {gigabytes(least)} of memory at least, everything "
-        f"else in host memory {gigabytes(rest)}, and {gigabytes(free)} are free, swap included. {_remedy(others)} "
+        f"else in host memory {gigabytes(rest)}, and {gigabytes(free)} are free, swap included. {_remedy(fits)} "
         "kt_plan: off goes on all the same."
     )
 

@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import families
 import peft
@@ -14,8 +15,8 @@ import transformers
 from typer.testing import CliRunner
 
 import ktmoe
-from ktmoe import KTConfig, KTError, budget, room
-from ktmoe.backends import TABLE, Plan
+from ktmoe import KTConfig, KTError, budget, llamafactory, room
+from ktmoe.backends import KERNEL_BACKENDS, TABLE, Plan
 from ktmoe.budget import Batch, dry_step, prediction
 from ktmoe.cli import app
 from ktmoe.gate import Speed
@@ -110,6 +111,18 @@ def test_activations_are_those_of_a_step(family, checkpointing, monkeypatch):
     assert size(planned, "its activations") == pytest.approx(measured, rel=0.1)
 
 
+def test_the_meter_counts_what_is_made_and_lives():
+    there = torch.zeros(1000)
+    with dry_step.Meter([there]) as meter:
+        turned = there.view(10, 100).t()  # of memory that was there before
+        first = turned + 1
+        second = first * 2
+        del second
+        third = first * 3
+    assert (meter.peak, meter.live) == (8000, 8000)
+    del third
+
+
 def real_peak(model, batch):
     """Most bytes of tensors that live at once in a step, the routed experts' own left out."""
     model.train()
@@ -151,6 +164,41 @@ def test_ways_are_those_that_the_keys_allow(folder, free, kernel_is_there):
     short = make(folder, keys={"kt_backend": "AMXInt8"})
     assert short.best is None
     assert "kt_backend: torch, kt_torch_packing: off" in budget.remedy(short)
+
+
+@pytest.mark.parametrize(
+    ("keys", "backend"),
+    [
+        ({"kt_backend": "AMXBF16"}, "torch"),  # not on this host: torch takes over, and that is what is planned
+        ({"kt_backend": "reference"}, "reference"),
+        ({"kt_backend": "torch"}, "torch"),
+        ({}, "torch"),
+    ],
+)
+def test_what_is_planned_is_what_would_run(folder, monkeypatch, keys, backend):
+    for name in KERNEL_BACKENDS:
+        monkeypatch.setitem(TABLE, name, dataclasses.replace(TABLE[name], refuse_host=lambda: "not here"))
+    found = make(folder, keys=keys)
+    assert found.planned.keys["kt_backend"] == backend
+    assert "no backend" not in budget.sentence(found)
+
+
+def test_int8_with_copies_of_each_layers_own(folder, kernel_is_there):
+    found = make(folder, keys={"kt_backend": "AMXInt8", "kt_share_backward": "off"})
+    assert found.planned.size == 2 * WEIGHTS
+
+
+def test_the_rest_in_4_bits(folder):
+    config = transformers.AutoConfig.from_pretrained(folder)
+    for targets in ("all-linear", ["q_proj"]):
+        lora = peft.LoraConfig(r=4, target_modules=targets, task_type="CAUSAL_LM")
+        half, quarter = (budget.make(config, lora, BATCH, bits=bits) for bits in (8, 4))
+        whole = make(folder, target_modules=targets)
+        saved = [size(whole, "everything but") - size(found, "everything but") for found in (half, quarter)]
+        model = transformers.Qwen3MoeForCausalLM(CONFIG)
+        others = [m for n, m in model.named_modules() if ".experts." not in n and m is not model.lm_head]
+        linear = [m for m in others if type(m) is torch.nn.Linear]
+        assert saved == [sum(m.weight.numel() for m in linear), sum(m.weight.numel() for m in linear) * 3 // 2]
 
 
 @pytest.mark.parametrize("checkpointing", [True, False])
@@ -199,6 +247,7 @@ def test_a_gpu_has_a_budget_of_its_own(folder, monkeypatch):
         ({"kt_backend": "torch", "kt_torch_packing": "off"}, 0, None),
         ({"kt_backend": "torch"}, 0, None),
         ({"kt_backend": "reference"}, 0, None),
+        ({"kt_backend": "AMXInt8", "kt_plan": "off"}, 0, None),
     ],
 )
 def test_what_cannot_fit_is_refused_with_what_does(free, kernel_is_there, keys, fits, refused):
@@ -219,6 +268,9 @@ def test_nothing_is_loaded_that_cannot_fit(name, tmp_path, free, kernel_is_there
     before = {n: p.clone() for n, p in model.state_dict().items()}
     model.save_pretrained(tmp_path)
     monkeypatch.setattr("ktmoe.experts.MoEExperts.load", lambda *args: pytest.fail("a layer was loaded"))
+    monkeypatch.setattr(
+        transformers.AutoModelForCausalLM, "from_pretrained", lambda *args, **kwargs: pytest.fail("a file was read")
+    )
     free(int(1.4 * WEIGHTS))
     config = KTConfig(kt_backend="AMXInt8", kt_num_threads=1)
     with pytest.raises(KTError, match="kt_backend: torch, kt_torch_packing: off"):
@@ -271,8 +323,61 @@ def test_the_command_with_a_configuration(tmp_path):
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)  # and nothing else
     assert found["batch"] == {"sequences": 6, "length": 16, "checkpointing": True}
-    refused = subprocess.run([*command, "--rank", "4"], capture_output=True, text=True)
-    assert (refused.returncode, "ktmoe: --rank" in refused.stderr) == (2, True), refused.stderr
+    for option in (["--rank", "4"], ["--trust-remote-code"]):
+        refused = CliRunner().invoke(app, ["plan", str(config), *option])
+        assert (refused.exit_code, f"ktmoe: {option[0]}" in refused.stderr) == (2, True), refused.stderr
+
+
+@pytest.fixture
+def training(folder, monkeypatch):
+    """`check_budget` of a training whose budget is that of the small model; gives what is logged."""
+    foresight = pytest.importorskip("ktmoe.llamafactory.foresight")
+    said = []
+    logger = SimpleNamespace(info_rank0=said.append, warning_rank0=said.append)
+    monkeypatch.setattr(foresight, "logger", lambda: logger)
+    monkeypatch.setattr(foresight, "budget_of", lambda *args: make(folder, keys={"kt_backend": "torch"}))
+
+    def check(kt_plan="on", do_train=True):
+        said.clear()
+        foresight.check_budget(SimpleNamespace(kt_plan=kt_plan), None, SimpleNamespace(do_train=do_train), None)
+        return said
+
+    return check
+
+
+def test_a_training_is_refused_if_no_batch_could_fit(folder, free, training):
+    found = make(folder, keys={"kt_backend": "torch"})
+    smallest = found.ways[-1]
+    free(10**9)
+    (said,) = training()
+    assert "ktmoe: at most" in said
+    free(found.on_host(smallest) - 1)
+    _, said = training()
+    assert "a batch of 1 x 16 tokens, as long as cutoff_len allows, would not fit. What takes less: " in said
+    free(found.on_host(smallest, certain=True) - 1)
+    with pytest.raises(KTError, match=r"kt_plan: weights, LoRA and optimizer alone take .* kt_plan: off goes on"):
+        training()
+    assert training(kt_plan="off") == training(do_train=False) == []
+
+
+def test_a_training_that_cannot_be_counted_goes_on(monkeypatch, training):
+    def cannot(*args):
+        raise budget.CannotCount("its code is odd.")
+
+    monkeypatch.setattr("ktmoe.llamafactory.foresight.budget_of", cannot)
+    assert training() == ["ktmoe: memory was not looked at before loading. its code is odd."]
+
+
+def test_a_training_is_planned_before_it_is_loaded(tmp_path, monkeypatch):
+    """Wired into what `ktmoe train` and `ktmoe check` parse."""
+    factory = pytest.importorskip("factory")
+    factory.save_model(tmp_path / "model")
+    monkeypatch.setattr("ktmoe.llamafactory.foresight.make", lambda *args, **kwargs: pytest.fail("was planned"))
+    argv = ["--use_kt", "--kt_backend", "torch", "--stage", "sft", "--do_train", "--dataset", "identity", "--use_cpu"]
+    argv += ["--template", "default", "--model_name_or_path", f"{tmp_path}/model", "--output_dir", f"{tmp_path}/out"]
+    with pytest.raises(pytest.fail.Exception, match="was planned"):
+        llamafactory.check(argv)
+    llamafactory.check([*argv, "--kt_plan", "off"])
 
 
 def test_a_step_is_predicted_from_what_was_measured(folder, monkeypatch):

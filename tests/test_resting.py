@@ -102,14 +102,14 @@ IN_A_CHILD = {
     "threads of others that started with the pool": """
         import threading, time
         from ktmoe.backends.kt import extension
-        threads, turn = extension._threads, [0]
+        threads, turn = extension.running_threads, [0]
         other = threading.Thread(target=time.sleep, args=(20,), daemon=True)
         def with_another():
             turn[0] += 1
             if turn[0] == 2:  # after the pool has started
                 other.start()
             return threads()
-        extension._threads = with_another
+        extension.running_threads = with_another
         run()
         assert other.native_id in Host.get(1, 1)._tids
         assert other.native_id not in Host.get(1, 1)._workers and len(Host.get(1, 1)._workers) == 1

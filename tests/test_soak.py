@@ -174,6 +174,12 @@ def test_the_command_with_the_kernel(capsys, tmp_path, steps):
     check(result, "AMXInt8")
 
 
+def test_a_thread_outside_of_the_mask_fails_the_run(monkeypatch, capsys, tmp_path, steps):
+    monkeypatch.setattr(soak.usage, "outside_of_the_mask", lambda: ["numa_0_t_1 may run elsewhere"])
+    code, _, result = finish(capsys, tmp_path, "--backend", "torch", "--allow-unverified")
+    assert (code, result["problems"]) == (1, ["torch: numa_0_t_1 may run elsewhere"])
+
+
 def test_a_loss_that_is_not_finite_ends_the_run(monkeypatch, capsys, tmp_path, steps):
     monkeypatch.setattr(tuning.Tuning, "step", lambda self: float("nan"))
     code, _, result = finish(capsys, tmp_path, "--backend", "torch")

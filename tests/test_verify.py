@@ -6,18 +6,19 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
 import torch
+from helpers import run_python
 from test_devices import CONFIG
 from transformers import AutoModelForCausalLM
 
 from ktmoe import KTError, cli
 from ktmoe.backends import KERNEL_BACKENDS, TABLE, Limits, kt
 from ktmoe.backends.kt import extension
+from ktmoe.cores import usable_cores
 from ktmoe.types import MoEShape
 from ktmoe.verify import accuracy, environment, placement, plots, report, results, throughput, traps, usage, weights
 
@@ -204,15 +205,11 @@ def check_page(text):
 def test_a_thread_outside_of_the_mask_is_found(monkeypatch):
     """The main thread's is the process's."""
     assert usage.outside_of_the_mask() == []
-    monkeypatch.setattr(usage.os, "sched_getaffinity", lambda thread: {0} if thread == os.getpid() else {0, 99})
-    everywhere = threading.Event()
-    thread = threading.Thread(target=everywhere.wait, name="elsewhere")
-    thread.start()
-    try:
-        assert any("may run on CPU 99, outside" in problem for problem in usage.outside_of_the_mask())
-    finally:
-        everywhere.set()
-        thread.join()
+    there = {os.getpid(): ("python", {0, 1}), 2: ("inside", {1}), 3: ("numa_0_t_1", {1, 99})}
+    monkeypatch.setattr(usage, "running_threads", lambda: there)
+    assert usage.outside_of_the_mask() == ["numa_0_t_1 may run on CPU 99, outside of the process's mask"]
+    monkeypatch.setattr(usage, "running_threads", dict)  # no /proc
+    assert usage.outside_of_the_mask() == []
 
 
 def test_memory_of_each_node_is_what_linux_says():
@@ -222,18 +219,39 @@ def test_memory_of_each_node_is_what_linux_says():
         "7f20 bind:1 anon=2 dirty=2 N1=2 kernelpagesize_kB=2048\n"
     )
     assert placement.memory_by_node(text) == {0: 60 * 4096, 1: 40 * 4096 + 2 * 2**21}
-    assert placement.counts(1) == [1]
-    assert placement.counts(6) == [1, 2, 4, 6]
+    assert placement.counts(1, 1) == [1]
+    assert placement.counts(6, 1) == [1, 2, 4, 6]
+    assert placement.counts(6, 2) == [2, 4, 6]
+    assert placement.counts(1, 2) == [2]  # two pools, and a quota of one CPU
 
 
 @pytest.mark.kernel
-def test_placement_of_a_small_layer(monkeypatch, tmp_path, kernel):
-    monkeypatch.setattr(placement, "SHAPES", {placement._SHAPE: MoEShape(4, 64, 64, 2, 4)})
-    assert placement.main(["--tokens", "32", "--rounds", "1", "--output", str(tmp_path)]) == 0
+def test_a_layer_away_from_its_threads_is_found(monkeypatch, kernel):
+    """Only what came with the layer counts: the source may be anywhere."""
+    shape, mb = MoEShape(4, 64, 64, 2, 4), 2**20
+    for after, problems in (({0: 900 * mb, 1: 700 * mb}, 0), ({0: 900 * mb, 1: 701 * mb}, 1)):
+        nodes = iter([{0: 100 * mb, 1: 700 * mb}, after])
+        monkeypatch.setattr(placement, "_nodes", lambda nodes=nodes: next(nodes))
+        found = placement.look(shape, False, 32, 1)["problems"]
+        assert len(found) == problems, found
+
+
+@pytest.mark.kernel
+def test_placement_of_a_small_layer(tmp_path, kernel):
+    """In a process of its own, as `ktmoe verify` runs it: no earlier pool is there."""
+    done = run_python(f"""
+        from ktmoe.types import MoEShape
+        from ktmoe.verify import placement
+        placement.SHAPES = {{placement._SHAPE: MoEShape(4, 64, 64, 2, 4)}}
+        raise SystemExit(placement.main(["--tokens", "32", "--rounds", "1", "--output", {str(tmp_path)!r}]))
+    """)
+    assert done.returncode == 0, done.stderr
     data = json.loads((tmp_path / "placement.json").read_text())["data"]
     (run,) = [run for run in data["runs"] if len(run["nodes"]) == 1]
-    assert "1" in run["seconds"]
-    assert all(run["threads"]), run
+    assert [int(n) for n in run["seconds"]] == placement.counts(usable_cores(nodes=run["nodes"]), 1)
+    assert len(run["threads"]) == int(list(run["seconds"])[-1])  # of the last pool, and of no other
+    mask = os.sched_getaffinity(0)
+    assert all(thread["cpus"] and mask.issuperset(thread["cpus"]) for thread in run["threads"]), run
 
 
 @pytest.mark.slow

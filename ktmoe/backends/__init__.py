@@ -10,7 +10,7 @@ from ktmoe.backends import kt, reference, torch
 from ktmoe.backends.kt import PackedLayer
 from ktmoe.backends.row import Limits, Memory, Plan, Row
 from ktmoe.backends.torch import TorchBackend
-from ktmoe.cores import usable_cores
+from ktmoe.cores import in_words, usable_cores
 from ktmoe.interface import Backend
 from ktmoe.notices import say_once
 from ktmoe.types import ExpertWeights, MoEShape
@@ -48,7 +48,7 @@ def build(
         say_once(f"ktmoe: the routed experts run on the {plan.backend} backend ({plan.note}).")
     usable = usable_cores(nodes=plan.nodes or None)
     if plan.threads and plan.threads > usable:
-        where = f" on NUMA node{'s' if plan.tp > 1 else ''} {', '.join(map(str, plan.nodes))}" if plan.nodes else ""
+        where = f" on NUMA {in_words(plan.nodes)}" if plan.nodes else ""
         more = ", or use more nodes with kt_tp_enabled" if usable < usable_cores() else ""
         say_once(
             f"ktmoe: kt_num_threads: {plan.threads} threads on the {usable} cores that this process may use{where} "

@@ -17,7 +17,7 @@ from ktmoe.checkpoints import stored_format
 from ktmoe.config import KTConfig
 from ktmoe.models import layers_of
 from ktmoe.retained import bytes_per_token
-from ktmoe.room import Way, allowed, as_keys, free_memory, ways
+from ktmoe.room import Way, as_keys, free_memory, split, way_of, ways
 from ktmoe.types import KTError, MoEShape
 
 
@@ -145,13 +145,17 @@ def make(
     shapes, _ = layers_of(model_config, lora.r, trust_remote_code=trust_remote_code)
     dtype = dtype or _dtype(model_config)
     dry = dry_step(model_config, lora, batch, dtype, bits, trust_remote_code=trust_remote_code)
-    if not dry.expert_trainable:
+    if not dry.expert_trainable:  # a backend is built for some rank all the same
         shapes = [replace(shape, rank=1) for shape in shapes]
     gpu = torch.cuda.is_available() and not on_cpu
     holes = int(_HOLES[batch.checkpointing] * dry.activations)
     retained = config.kt_cpu_activation != "recompute"
     stored = stored_format(model_config)
-    found = tuple(ways(shapes, stored, batch.tokens, batch.checkpointing and not retained))
+    called = batch.tokens, batch.checkpointing and not retained
+    mine, others = split(list(ways(shapes, stored, *called)), config, shapes)
+    if not mine:  # none of the listed has the keys: `reference`, or INT8 with a backward copy of each layer's own
+        keys = {name: getattr(config, name) for name in ("kt_backend", "kt_share_backward")}
+        mine = [way_of(keys, shapes, *called)]
     kept = sum(bytes_per_token(s, torch.bfloat16) for s in shapes) * batch.tokens + 4 * dry.expert_trainable
     return Budget(
         layers=dict(Counter(shapes)),
@@ -169,8 +173,8 @@ def make(
             *((Part("what malloc leaves unused between them", holes, certain=False),) if not gpu else ()),
         ),
         device_name=torch.cuda.get_device_name() if gpu else "this CPU",
-        ways=tuple(way for way in found if allowed(way, config)),
-        others=tuple(way for way in found if not allowed(way, config)),
+        ways=tuple(mine),
+        others=tuple(others),
         free_host=free_memory(),
         free_device=torch.cuda.mem_get_info()[0] if gpu else None,
         total_host=memory.total(),

@@ -99,8 +99,9 @@ def dry_step(
     """
     model, expert_trainable = _model(model_config, lora, dtype, trust_remote_code)
     there = [t for n, t in (*model.named_parameters(), *model.named_buffers()) if not n.endswith(_STAND_IN)]
-    linear = [m for n, m in model.named_modules() if type(m) is nn.Linear and n.endswith("base_layer")]
-    saved = sum(m.weight.nbytes - m.weight.numel() * bits // 8 for m in linear) if bits else 0
+    head = model.get_output_embeddings()  # which bitsandbytes leaves as it is
+    linear = [m.weight for m in model.modules() if type(m) is nn.Linear and m is not head and not _trains(m)]
+    saved = sum(w.nbytes - w.numel() * bits // 8 for w in linear) if bits else 0
 
     def activations() -> int:
         with Meter([*model.parameters(), *model.buffers()]) as meter:
@@ -113,6 +114,10 @@ def dry_step(
         expert_trainable=expert_trainable,
         activations=_of_all_layers(model, activations),
     )
+
+
+def _trains(module: nn.Module) -> bool:
+    return any(p.requires_grad for p in module.parameters())
 
 
 def operations(
@@ -188,17 +193,13 @@ def _model(model_config: Any, lora: LoraConfig, dtype: torch.dtype, trust_remote
 
 def _give_sizes(model: nn.Module) -> None:
     """Fake tensors on the CPU in the place of those on the meta device, for which there is no autocast."""
-    made: dict[int, Any] = {}  # tied ones stay one
     for module in model.modules():
         for held in (module._parameters, module._buffers):
             for name, tensor in held.items():
-                if tensor is None:
-                    continue
-                if id(tensor) not in made:
-                    fake = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+                if tensor is not None:
+                    fake: Any = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
                     is_parameter = isinstance(tensor, nn.Parameter)
-                    made[id(tensor)] = nn.Parameter(fake, tensor.requires_grad) if is_parameter else fake
-                held[name] = made[id(tensor)]
+                    held[name] = nn.Parameter(fake, tensor.requires_grad) if is_parameter else fake
 
 
 def _train(model: Any, batch: Batch, dtype: torch.dtype) -> None:

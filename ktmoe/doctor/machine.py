@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ktmoe import memory
 from ktmoe.cgroups import ROOT, text
-from ktmoe.cores import cores, numa_nodes, quota, usable_cores
+from ktmoe.cores import cores, in_words, numa_nodes, quota, usable_cores
 from ktmoe.doctor.finding import Finding, Status
 from ktmoe.kept import cache_folder
 
@@ -42,8 +42,7 @@ def cores_to_use(root: Path = ROOT) -> Finding:
     own, limit, nodes = cores(root), quota(root), numa_nodes(root)
     logical = sum(len(core) for core in own)
     usable = usable_cores(root)
-    where = f"NUMA node{'s' if len(nodes) > 1 else ''} {', '.join(map(str, nodes))}"
-    what = f"{usable} usable: {len(own)} physical in the affinity mask ({logical} logical), {where}"
+    what = f"{usable} usable: {len(own)} physical in the affinity mask ({logical} logical), NUMA {in_words(nodes)}"
     if limit is not None and limit < len(own):
         what += f", a quota of {limit:g} CPUs"
         return Finding("cores", what, Status.NOTE, "more with a larger CPU limit of the container or job")

@@ -19,9 +19,7 @@ def extend(cls: type) -> None:
         cls: LLaMA-Factory's `ModelArguments`.
     """
     have = {f.name for f in dataclasses.fields(cls)}
-    # A list is text on a command line, which `KTConfig` reads; in a file it comes as it is.
-    hints = typing.get_type_hints(KTConfig)
-    types = {name: typing.Optional[str] if "Sequence" in str(hint) else hint for name, hint in hints.items()}  # noqa: UP045
+    types = {name: _for_parser(hint) for name, hint in typing.get_type_hints(KTConfig).items()}
     new = {name: spec for name, spec in KTConfig.field_help().items() if name not in have}
     if not new:
         return
@@ -35,6 +33,12 @@ def extend(cls: type) -> None:
         setattr(cls, name, default)
     for name in ("__init__", "__repr__", "__eq__", "__match_args__", "__dataclass_fields__"):
         setattr(cls, name, vars(twin)[name])
+
+
+def _for_parser(hint: Any) -> Any:
+    """A list is text on a command line, which `KTConfig` reads; in a file it comes as it is."""
+    simple = {bool, int, str, type(None)}.issuperset(typing.get_args(hint) or [hint])
+    return hint if simple else typing.Optional[str]  # noqa: UP045
 
 
 def kt_config(model_args: Any) -> KTConfig:

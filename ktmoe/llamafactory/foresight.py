@@ -43,13 +43,7 @@ def budget_of(model_args: Any, data_args: Any, training_args: Any, finetuning_ar
 
 
 def check_budget(model_args: Any, data_args: Any, training_args: Any, finetuning_args: Any) -> None:
-    """Refuses what no batch could make fit, and says what the longest batch takes.
-
-    Args:
-        model_args: LLaMA-Factory's, parsed.
-        data_args: likewise.
-        training_args: likewise.
-        finetuning_args: likewise.
+    """Refuses what no batch could make fit, and says what the longest batch takes. Arguments as `budget_of`.
 
     Raises:
         KTError: names the sizes and the keys with which they fit.

@@ -7,7 +7,7 @@ from torch import nn
 
 from ktmoe.adapters import LoraExperts
 from ktmoe.backends import TABLE, is_kernel
-from ktmoe.cores import numa_nodes
+from ktmoe.cores import in_words, numa_nodes
 from ktmoe.experts import MoEExperts
 from ktmoe.models.attached import moe_layers
 from ktmoe.retained import bytes_per_token
@@ -50,7 +50,7 @@ def _nodes(experts: MoEExperts) -> str:
     others = "" if set(used) >= set(there) else f" of {', '.join(map(str, sorted(there)))}"
     if others and not experts.config.kt_tp_enabled:
         others += " (kt_tp_enabled uses more)"
-    return f"NUMA node{'s' if len(used) > 1 else ''} {', '.join(map(str, used))}{others}"
+    return f"NUMA {in_words(used)}{others}"
 
 
 def bf16_is_slow() -> bool:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections import Counter
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,28 +16,29 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from ktmoe.backends import KERNEL_BACKENDS, build, kt
+from ktmoe.backends import build, kt
+from ktmoe.cgroups import text
 from ktmoe.config import KTConfig
-from ktmoe.cores import cores, numa_nodes, quota, usable_cores
-from ktmoe.gate import contract
+from ktmoe.cores import cores, in_words, numa_nodes, quota, running_threads, usable_cores
+from ktmoe.gate import bf16_bytes, contract
 from ktmoe.planning import plan
 from ktmoe.shapes import SHAPES
 from ktmoe.types import MoEShape
 from ktmoe.verify import results, throughput, usage
 
 
-_SHAPE = "DeepSeek-V2-Lite"
-_ELSEWHERE = 0.1  # of the packed weights: libraries and Python's own memory are on any node
+_BACKEND, _SHAPE = "AMXBF16", "DeepSeek-V2-Lite"
+_ELSEWHERE = 0.1  # of the layer: what torch allocates meanwhile may be on any node
 
 
-def memory_by_node(text: str) -> dict[int, int]:
+def memory_by_node(maps: str) -> dict[int, int]:
     """Bytes of anonymous memory on each NUMA node.
 
     Args:
-        text: what Linux says in /proc/PID/numa_maps.
+        maps: what Linux says in /proc/PID/numa_maps.
     """
     found: Counter[int] = Counter()
-    for line in text.splitlines():
+    for line in maps.splitlines():
         words = dict(word.partition("=")[::2] for word in line.split())
         if "anon" in words:
             size = 1024 * int(words.get("kernelpagesize_kB", "4"))
@@ -50,61 +50,62 @@ def memory_by_node(text: str) -> dict[int, int]:
 
 def huge_pages() -> int | None:
     """Bytes of this process's anonymous memory in huge pages; None where the system does not say."""
-    with suppress(OSError):
-        for line in Path("/proc/self/smaps_rollup").read_text().splitlines():
-            if line.startswith("AnonHugePages:"):
-                return 1024 * int(line.split()[1])
-    return None
+    lines = text(Path("/proc/self/smaps_rollup")).splitlines()
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("AnonHugePages:")), None)
 
 
-def counts(most: int) -> list[int]:
-    """1, 2, 4 ... and the most."""
-    return sorted({min(2**n, most) for n in range(most.bit_length() + 1)})
+def counts(most: int, least: int) -> list[int]:
+    """The least, twice as many ... and the most."""
+    return sorted({min(least * 2**n, max(most, least)) for n in range(most.bit_length() + 1)})
 
 
-def look(name: str, shape: MoEShape, tp: bool, tokens: int, rounds: int) -> dict[str, Any]:
+def look(shape: MoEShape, tp: bool, tokens: int, rounds: int) -> dict[str, Any]:
     """Runs a layer with each number of threads, and looks at where it is.
 
     Args:
-        name: of the backend.
         shape: of the layer.
         tp: whether there is a pool for every NUMA node.
         tokens: of a call.
         rounds: timed calls for each number of threads.
 
     Returns:
-        Plain JSON: seconds by number of threads, threads with their CPUs, bytes by node and in huge pages, problems.
+        Plain JSON: seconds by number of threads, the last one's threads with their CPUs, what was added by node and
+        in huge pages, problems.
     """
-    torch.set_num_threads(1)
     case = contract.draw_case(shape, tokens, 0)
-    decided = plan(KTConfig(kt_backend=name, kt_tp_enabled=tp), shape)
-    most = usable_cores(nodes=decided.nodes)
+    decided = plan(KTConfig(kt_backend=_BACKEND, kt_tp_enabled=tp), shape)
     seconds: dict[int, float] = {}
-    for threads in counts(most):
-        if threads < decided.tp:
-            continue
+    mine: list[tuple[str, set[int]]] = []
+    before = _nodes()
+    for threads in counts(usable_cores(nodes=decided.nodes), decided.tp):
+        others = running_threads().keys()  # of pools of other sizes, which stay
         backend = build(replace(decided, threads=threads), case.weights, shape, case.lora.scaling)
         found = [sum(throughput.once(backend, case)) for _ in range(rounds + 1)][1:]
         seconds[threads] = statistics.median(found)
-        mine = [(thread, cpus) for thread, cpus in usage.threads() if thread.startswith("numa_")]
+        new = {tid: named for tid, named in running_threads().items() if tid not in others}
+        mine = [named for named in new.values() if named[0].startswith("numa_")] or mine
         backend.close()
-    problems = [f"{name}: {problem}" for problem in usage.outside_of_the_mask()]
-    by_node: dict[int, int] = {}
-    with suppress(OSError):
-        by_node = memory_by_node(Path("/proc/self/numa_maps").read_text())
+    problems = usage.outside_of_the_mask()
+    # The source's weights and libraries were there before, on whatever node.
+    by_node = {node: max(0, size - before.get(node, 0)) for node, size in _nodes().items()}
     away = sum(size for node, size in by_node.items() if node not in decided.nodes)
-    packed = 6 * shape.num_experts * shape.hidden_size * shape.intermediate_size
-    if len(by_node) > 1 and away > _ELSEWHERE * packed:
-        problems.append(f"{name}: {away / 1e9:.2f} GB are on other NUMA nodes than {list(decided.nodes)}")
+    if away > _ELSEWHERE * bf16_bytes(shape):
+        problems.append(
+            f"{away / 1e9:.2f} GB of the layer are not on {in_words(decided.nodes)}, where its threads are"
+        )
     return {
-        "backend": name,
+        "backend": _BACKEND,
         "nodes": list(decided.nodes),
         "seconds": seconds,
-        "threads": [{"name": thread, "cpus": sorted(cpus)} for thread, cpus in mine],
+        "threads": [{"name": name, "cpus": sorted(cpus)} for name, cpus in mine],
         "by_node": by_node,
         "huge_pages": huge_pages(),
         "problems": problems,
     }
+
+
+def _nodes() -> dict[int, int]:
+    return memory_by_node(text(Path("/proc/self/numa_maps")))
 
 
 def table(found: list[dict[str, Any]], tokens: int) -> Table:
@@ -130,18 +131,14 @@ def main(argv: list[str] | None = None) -> int:
     console = results.console()
     limit = quota()
     console.print(
-        f"cores of this process: {len(cores())} physical, NUMA nodes {', '.join(map(str, numa_nodes()))}, quota "
+        f"cores of this process: {len(cores())} physical, NUMA {in_words(numa_nodes())}, quota "
         f"{'none' if limit is None else f'{limit:g} CPUs'}; usable: {usable_cores()}",
         highlight=False,
     )
+    torch.set_num_threads(1)  # what is timed is the kernel
     shape = contract.reduced(SHAPES[_SHAPE])
-    names = [n for n in KERNEL_BACKENDS if kt.available() and n in ("AMXBF16",)]
-    several = len(numa_nodes()) > 1
-    found = [
-        look(name, shape, tp, args.tokens, args.rounds)
-        for name in names
-        for tp in ((False, True) if several else (False,))
-    ]
+    pools = (False, True) if len(numa_nodes()) > 1 else (False,)
+    found = [look(shape, tp, args.tokens, args.rounds) for tp in pools if kt.available()]
     if found:
         console.print(table(found, args.tokens))
     problems = [problem for run in found for problem in run["problems"]]

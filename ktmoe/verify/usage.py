@@ -6,10 +6,12 @@ import ctypes
 import gc
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
+
+from ktmoe.cores import running_threads
 
 
 _THP_DISABLE = 41  # PR_SET_THP_DISABLE
@@ -40,19 +42,13 @@ def measure(process: psutil.Process) -> tuple[int, int, int, int, int]:
     return rss, uss, private, threads, descriptors
 
 
-def threads() -> Iterator[tuple[str, set[int]]]:
-    """Name and CPUs of every thread of this process."""
-    for task in sorted(Path("/proc/self/task").glob("*"), key=lambda path: int(path.name)):
-        with suppress(OSError):  # it has ended
-            yield (task / "comm").read_text().strip(), os.sched_getaffinity(int(task.name))
-
-
 def outside_of_the_mask() -> list[str]:
     """Threads that may run where the main one may not, as sentences."""
-    mask = os.sched_getaffinity(os.getpid())
+    there = running_threads()
+    _, mask = there.get(os.getpid(), ("", set[int]()))  # none where the system does not say
     return [
         f"{name} may run on CPU {', '.join(map(str, sorted(cpus - mask)))}, outside of the process's mask"
-        for name, cpus in threads()
+        for name, cpus in there.values()
         if cpus - mask
     ]
 
