@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 
 from ktmoe.backends.kt import resting
 from ktmoe.backends.kt.formats import FORMATS
-from ktmoe.cores import cores, numa_nodes, shares
+from ktmoe.cores import cores, numa_nodes, running_threads, shares
 from ktmoe.types import KTError
 
 
@@ -126,10 +126,10 @@ class Host:
         self.pid = os.getpid()
         self.idle: defaultdict[Hashable, list[Any]] = defaultdict(list)
         self.condemned: list[Any] = []
-        others = _threads().keys()
+        others = running_threads().keys()
         with quiet():
             self.infer = self.extension.CPUInfer(pool)
-        self._tids = _threads().keys() - others
+        self._tids = running_threads().keys() - others
         self._settled = False
         self._workers: list[int] = []  # of `_tids`, which may hold a thread that somebody else started at that time
         self._cpus: dict[int, set[int]] = {}  # of each worker
@@ -152,15 +152,6 @@ class Host:
             if host is None or host.pid != os.getpid():
                 host = cls._hosts[about] = cls(*about)
             return host
-
-    @classmethod
-    def bind_again(cls, allowed: set[int] | None = None) -> int:
-        """See `bind_again` below."""
-        with cls.lock:
-            settled = [host for host in cls._own() if host._settled]
-            for host in settled if allowed is not None else ():
-                host._bind(allowed)
-            return sum(_bind_thread(tid, cpus) for host in settled for tid, cpus in host._cpus.items())
 
     @classmethod
     def all_idle(cls) -> list[Any]:
@@ -208,7 +199,8 @@ class Host:
         Its threads are called `numa_{node}_{m|t}_{number}`, and its queue's thread has the mask already.
         """
         by_node: defaultdict[int, list[tuple[int, int]]] = defaultdict(list)
-        named = {tid: name for tid, name in _threads().items() if tid in self._tids and name.startswith("numa_")}
+        there = running_threads().items()
+        named = {tid: name for tid, (name, _) in there if tid in self._tids and name.startswith("numa_")}
         self._workers = list(named)
         for tid, name in named.items():
             node, number = name.split("_")[1::2]
@@ -226,28 +218,23 @@ def bind_again(allowed: set[int] | None = None) -> int:
     Args:
         allowed: the CPUs that there are now, where they have changed: they get others then.
     """
-    return Host.bind_again(allowed)
+    with Host.lock:
+        settled = [host for host in Host._own() if host._settled]
+        for host in settled if allowed is not None else ():
+            host._bind(allowed)
+        return sum(_bind_thread(tid, cpus) for host in settled for tid, cpus in host._cpus.items())
 
 
 def _bind_thread(tid: int, cpus: set[int]) -> bool:
     """Whether the thread was elsewhere."""
     with suppress(OSError):  # it is gone, or the mask was narrowed in between
-        if os.sched_getaffinity(tid) != cpus:
+        if (before := os.sched_getaffinity(tid)) != cpus:
             os.sched_setaffinity(tid, cpus)
-            return True
+            return os.sched_getaffinity(tid) != before  # a cpuset may leave it fewer than were asked for
     return False
 
 
 os.register_at_fork(after_in_child=Host._forked)
-
-
-def _threads() -> dict[int, str]:
-    """Names of this process's threads by their system ids."""
-    found = {}
-    for task in Path("/proc/self/task").glob("*"):
-        with suppress(OSError):  # it has ended
-            found[int(task.name)] = (task / "comm").read_text().strip()
-    return found
 
 
 @contextmanager
