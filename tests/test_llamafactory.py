@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import psutil
@@ -137,6 +138,28 @@ def test_chat_in_the_terminal(workspace, trained):
     assert done.returncode == 0, done.stderr[-3000:]
     assert "Assistant: " in done.stdout
     assert "ktmoe: routed experts on torch" in done.stdout
+
+
+def test_leaving_a_chat_while_a_thread_still_computes(workspace):
+    """An answer's last word comes before its thread has ended; Python's end stopped that thread inside torch."""
+    keys = {"model_name_or_path": str(workspace.fp32()), "template": "default", "max_new_tokens": 2}
+    script = textwrap.dedent(f"""
+        import functools, io, sys, time, torch, transformers
+        from ktmoe.llamafactory import main
+        stock = transformers.GenerationMixin.generate
+        @functools.wraps(stock)
+        def slow(*args, **kwargs):
+            out, x, end = stock(*args, **kwargs), torch.ones(64, 64), time.monotonic() + 2
+            while time.monotonic() < end:
+                x = torch.nn.Parameter(x.detach()).tanh().sum().backward() or x
+            return out
+        transformers.GenerationMixin.generate = slow
+        sys.stdin = io.StringIO("count 3\\nexit\\n")
+        main({[*(f"--{k}={v}" for k, v in keys.items()), "--use_kt=true", "--kt_backend=torch"]}, "chat")
+    """)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)  # Python's own end counts
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "Assistant: " in done.stdout
 
 
 def test_export(workspace):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
 
 
 __all__ = ["check", "engage", "install", "main", "plan"]
+
+_PATIENCE = 10.0  # seconds for an answer that nobody reads any more
 
 
 def install() -> None:
@@ -67,7 +70,20 @@ def main(argv: Sequence[str], command: str = "train") -> None:
 
     torchrun.use_own(launcher)
     sys.argv = ["ktmoe", command, *argv]
-    cli.main()
+    try:
+        cli.main()
+    finally:
+        _end_of_generation()
+
+
+def _end_of_generation() -> None:
+    """Waits for threads that generate: chat's main thread has the last word before the thread that made it is done.
+
+    Python's end would stop such a thread inside torch, which ends the process with `std::terminate`.
+    """
+    for thread in threading.enumerate():
+        if thread.name.endswith("(generate)"):  # Python names threads after their function
+            thread.join(_PATIENCE)
 
 
 def check(argv: Sequence[str]) -> str:
