@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from ktmoe.gate import bf16_bytes, ensure_verified, probe, settle
 from ktmoe.interface import Backend
 from ktmoe.notices import say_once
 from ktmoe.planning import find_packed, plan
+from ktmoe.processes import Sharing
 from ktmoe.retained import RetainedForwards
 from ktmoe.types import ExpertWeights, KTError, Lora, MoEShape
 from ktmoe.validation import check_call, check_lora, own_settings
@@ -71,6 +73,7 @@ class MoEExperts(nn.Module):
         self.scaling = checked_scaling(r if lora_alpha is None else lora_alpha, r) if r else 1.0
         self._backend: RetainedForwards | None = None
         self.original: tuple[nn.Module, ...] = ()  # what it stands for in a model; no submodule
+        self.sharing: Sharing | None = None  # with other processes
         shape = self.shape(max(r, 1))
         self.config = settle(self.config, shape, bf16_bytes(shape), weights.stored)
         self.plan: Plan = plan(self.config, shape, weights.stored)
@@ -124,28 +127,38 @@ class MoEExperts(nn.Module):
             KTError: the kernel was loaded for a smaller rank, or `kt_weight_path` holds other or damaged weights.
             KernelError: the kernel failed a check, and `kt_fallback` is `error`.
         """
-        outgrown = self._backend is not None and self._backend.shape.rank < rank
-        if self._backend is None or (outgrown and not is_kernel(self.plan)):  # others build nothing for a rank
-            shape = self.shape(rank)
-            if self.weights.is_meta:
-                raise KTError("weights: on the meta device, so there are none. Give ExpertWeights tensors with data.")
-            with own_settings():
-                decided = plan(self.config, shape, self.weights.stored)
-                packed = find_packed(decided, self.weights, self.config)  # before the gate, which takes seconds
-                usual = TABLE[decided.backend].built_for(shape)
-                self.plan = ensure_verified(decided, usual, self.config)
-                backend = build(self.plan, self.weights, shape, scaling, packed if is_kernel(self.plan) else None)
-                if is_kernel(self.plan) and backend.built_for != usual:
-                    self.plan = ensure_verified(self.plan, backend.built_for, self.config)
-                if is_kernel(self.plan):
-                    backend, self.plan = probe(backend, self.plan, self.weights, self.config)
-            self._backend = RetainedForwards(backend, self.config.kt_cpu_activation)
-        elif outgrown:
-            raise KTError(
-                f"r: got {rank}; this layer's experts were loaded for at most {self._backend.shape.rank}. Attach the "
-                f"model with r={rank}: the largest rank of its adapters, or the sum of those active together."
-            )
-        return self._backend
+        with nullcontext() if self.sharing is None else self.sharing.lock:
+            outgrown = self._backend is not None and self._backend.shape.rank < rank
+            if self._backend is None or (outgrown and not is_kernel(self.plan)):  # others build nothing for a rank
+                if self.sharing is None:
+                    backend = self._build(rank, scaling)
+                elif self.sharing.computes_here:
+                    backend = self.sharing.share(self._build(rank, scaling), self.plan)
+                else:
+                    backend, self.plan = self.sharing.remote(rank, scaling)
+                self._backend = RetainedForwards(backend, self.config.kt_cpu_activation)
+            elif outgrown:
+                raise KTError(
+                    f"r: got {rank}; this layer's experts were loaded for at most {self._backend.shape.rank}. Attach "
+                    f"the model with r={rank}: the largest rank of its adapters, or the sum of those active together."
+                )
+            return self._backend
+
+    def _build(self, rank: int, scaling: float) -> Backend:
+        shape = self.shape(rank)
+        if self.weights.is_meta:
+            raise KTError("weights: on the meta device, so there are none. Give ExpertWeights tensors with data.")
+        with own_settings():
+            decided = plan(self.config, shape, self.weights.stored)
+            packed = find_packed(decided, self.weights, self.config)  # before the gate, which takes seconds
+            usual = TABLE[decided.backend].built_for(shape)
+            self.plan = ensure_verified(decided, usual, self.config)
+            backend = build(self.plan, self.weights, shape, scaling, packed if is_kernel(self.plan) else None)
+            if is_kernel(self.plan) and backend.built_for != usual:
+                self.plan = ensure_verified(self.plan, backend.built_for, self.config)
+            if is_kernel(self.plan):
+                backend, self.plan = probe(backend, self.plan, self.weights, self.config)
+        return backend
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Routed experts with the module's own LoRA.
@@ -174,6 +187,8 @@ class MoEExperts(nn.Module):
         check_call(hidden_states, top_k_index, top_k_weights, backend.shape)
         if lora is not None:
             check_lora(lora, backend.shape)
+            if self.sharing is not None and self.training:
+                self.sharing.follow(lora)
         return run_experts(backend, hidden_states, top_k_index, top_k_weights, lora, self.training)
 
     def use_weights(self, weights: ExpertWeights) -> None:
@@ -201,7 +216,7 @@ class MoEExperts(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and copies: without the backend, which is loaded again when it is first needed."""
-        return {**vars(self), "_backend": None}
+        return {**vars(self), "_backend": None, "sharing": None}
 
     def _apply(self, fn: Any, recurse: bool = True) -> MoEExperts:
         """Stays on the CPU, since the experts do not fit elsewhere, and its LoRA stays an fp32 master."""

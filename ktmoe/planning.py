@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from ktmoe.backends import TABLE, Plan, Row, kt
 from ktmoe.backends.kt import PackedLayer, PackedModel
 from ktmoe.config import KTConfig
@@ -15,6 +17,8 @@ _IN_WORDS = {
     "fp8": "FP8 with a scale for each block of 128 x 128 (DeepSeek-V3's)",
     "int4": "INT4 with a scale for each group of 32 (Kimi K2's)",
 }
+
+_MAX_LEN = 4096  # tokens of a call of the kernel
 
 
 def plan(config: KTConfig, shape: MoEShape, stored: str | None = None) -> Plan:
@@ -43,7 +47,26 @@ def plan(config: KTConfig, shape: MoEShape, stored: str | None = None) -> Plan:
     own = usable_cores(nodes=nodes)
     threads = config.kt_num_threads or (max(1, own - cores_to_leave(own)) if row.is_kernel else None)
     share = config.kt_share_backward != "off"
-    return Plan(chosen, threads, tp, config.kt_max_len or 4096, share, config.kt_torch_packing, nodes, reasons)
+    return Plan(chosen, threads, tp, config.kt_max_len or _MAX_LEN, share, config.kt_torch_packing, nodes, reasons)
+
+
+def for_processes(config: KTConfig, number: int, shape: MoEShape, stored: str | None = None) -> KTConfig:
+    """The configuration of a backend that computes the rows of several processes of this host in one call.
+
+    Launchers set OMP_NUM_THREADS to 1, as each process were to compute for itself; the experts are computed by one.
+
+    Args:
+        config: what the user wants, for each process.
+        number: of processes.
+        shape: what to build for.
+        stored: as `plan` takes it.
+    """
+    if number == 1:
+        return config
+    decided = replace(config, kt_max_len=number * (config.kt_max_len or _MAX_LEN))
+    if config.kt_num_threads or TABLE[plan(config, shape, stored).backend].is_kernel:
+        return decided
+    return replace(decided, kt_num_threads=usable_cores())
 
 
 def _nodes(config: KTConfig, row: Row, shape: MoEShape) -> tuple[int, ...]:

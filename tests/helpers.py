@@ -1,11 +1,14 @@
 """Shared by the tests: the backends under test, layers to run them on, and how close is close."""
 
+import atexit
 import functools
 import multiprocessing
 import os
+import socket
 import sys
 import tempfile
 import textwrap
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -138,18 +141,58 @@ def train_on(tuned, ids, steps, lr):
 
 def run_python(code, timeout=120):
     """Runs code in a process of its own, since what it does may crash or hang. As `subprocess.run` with text."""
+    (done,) = _run(code, [{}], timeout)
+    return done
+
+
+def run_ranks(code, number, timeout=120, hosts=1):
+    """Runs code in processes that a launcher might have started, and ends each as Python would. A result for each.
+
+    Args:
+        code: finds its environment as torchrun sets it.
+        number: of processes; for 1, no launcher.
+        timeout: seconds for all together.
+        hosts: that the processes believe to be on.
+    """
+    if number == 1:
+        return [run_python(code, timeout)]
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    each = number // hosts
+    launched = [
+        {"RANK": r, "LOCAL_RANK": r % each, "WORLD_SIZE": number, "LOCAL_WORLD_SIZE": each, "GROUP_RANK": r // each}
+        | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        for r in range(number)
+    ]
+    return _run(code, [{k: str(v) for k, v in one.items()} for one in launched], timeout)
+
+
+def _run(code, environments, timeout):
     with tempfile.TemporaryDirectory() as folder:
-        child = FORKSERVER.Process(target=_execute, args=(textwrap.dedent(code), folder))
-        child.start()
-        child.join(timeout)
-        child.kill()
-        child.join()
-        out, err = (open(os.path.join(folder, name)).read() for name in ("stdout", "stderr"))
-        return SimpleNamespace(returncode=child.exitcode, stdout=out, stderr=err)
+        own = [os.path.join(folder, str(i)) for i in range(len(environments))]
+        children = []
+        for environment, path in zip(environments, own, strict=True):
+            os.mkdir(path)
+            children.append(FORKSERVER.Process(target=_execute, args=(textwrap.dedent(code), path, environment)))
+            children[-1].start()
+        end = time.monotonic() + timeout
+        for child in children:
+            child.join(max(0, end - time.monotonic()))
+        results = []
+        for child, path in zip(children, own, strict=True):
+            child.kill()
+            child.join()
+            out, err = (open(os.path.join(path, name)).read() for name in ("stdout", "stderr"))
+            results.append(SimpleNamespace(returncode=child.exitcode, stdout=out, stderr=err))
+        return results
 
 
-def _execute(code, folder):
+def _execute(code, folder, environment):
+    os.environ.update(environment)
     for fd, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(os.path.join(folder, name), os.O_WRONLY | os.O_CREAT), fd)
     sys.stdout, sys.stderr = (os.fdopen(fd, "w", buffering=1, closefd=False) for fd in (1, 2))
     exec(compile(code, "<test>", "exec"), {"__name__": "__main__"})
+    if environment:
+        atexit._run_exitfuncs()  # multiprocessing's children leave without

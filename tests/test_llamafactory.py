@@ -140,6 +140,19 @@ def test_chat_in_the_terminal(workspace, trained):
     assert "ktmoe: routed experts on torch" in done.stdout
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
+def test_two_processes(workspace, stage):
+    """torchrun as LLaMA-Factory starts it; in bf16 outside of the experts, whose rounding depends on the batch."""
+    keys = {"stage": stage, "kt_backend": "reference", "kt_num_threads": 1}
+    one, _ = workspace.train(f"one {stage}", per_device_train_batch_size=4, **keys)
+    launched = {"FORCE_TORCHRUN": "1", "NPROC_PER_NODE": "2", "MASTER_PORT": "29517"}
+    two, said = workspace.train(f"two {stage}", launched, per_device_train_batch_size=2, **keys)
+    assert two == pytest.approx(one, rel=0.03)
+    assert "2 processes of this host, 2 in all: rank 0 holds this host's experts" in said
+    assert (workspace.root / f"two {stage}" / "adapter_model.safetensors").is_file()
+
+
 def test_leaving_a_chat_while_a_thread_still_computes(workspace):
     """An answer's last word comes before its thread has ended; Python's end stopped that thread inside torch."""
     keys = {"model_name_or_path": str(workspace.fp32()), "template": "default", "max_new_tokens": 2}

@@ -85,6 +85,16 @@ class _Pickled:
 class _KTPeftMixin(_Pickled):
     """Save and load of a PeftModel whose expert LoRA is stacked in memory."""
 
+    @property
+    def _ddp_params_and_buffers_to_ignore(self: Any) -> list[str]:
+        """Read by DistributedDataParallel, which takes parameters on one kind of device only, and wants some to train.
+
+        Expert LoRA stays on the CPU; `ktmoe.processes` averages it.
+        """
+        own = {f"{name}.{p}" for name, layer in expert_layers(self) for p, _ in layer.named_parameters()}
+        others_train = any(p.requires_grad for n, p in self.named_parameters() if n not in own)
+        return sorted(own) if others_train else []
+
     def save_pretrained(
         self: Any,
         save_directory: str,

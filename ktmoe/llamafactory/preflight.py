@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ktmoe.adapters import EXPERTS_FILE
 from ktmoe.checkpoints import refuse_quantised
 from ktmoe.llamafactory.arguments import kt_config
+from ktmoe.processes import check_sharding
 from ktmoe.types import KTError
 
 
@@ -23,26 +24,18 @@ _EXPERT_LORA = re.compile(r"\.experts\..*lora_")
 _MODES = {"USE_RAY": "Ray", "USE_MCA": "the Megatron backend", "USE_V1": "LLaMA-Factory's v1 trainer"}
 # A LoraConfig's options by LLaMA-Factory's keys.
 _KEYS = {"target_modules": "lora_target", "modules_to_save": "additional_target", "'all-linear'": "all"}
-_SHARDING = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed"}
 
 
 def check_environment() -> None:
-    """Refuses launch modes with more than one process or with another trainer.
+    """Refuses launch modes with another trainer, or that divide the model.
 
     Raises:
         KTError: names the variable.
     """
-    for name, what in (_MODES | _SHARDING).items():
+    for name, what in _MODES.items():
         if os.environ.get(name, "0").lower() in ("true", "y", "1"):
             raise KTError(f"{name}: got {os.environ[name]}; use_kt: true does not run under {what} yet. Unset {name}.")
-    for name in ("WORLD_SIZE", "NPROC_PER_NODE", "NNODES"):
-        if name != "WORLD_SIZE" and os.environ.get("FORCE_TORCHRUN", "0").lower() not in ("true", "y", "1"):
-            continue  # without torchrun the others mean nothing
-        if os.environ.get(name, "1") != "1":
-            raise KTError(
-                f"{name}: got {os.environ[name]}; use_kt: true trains in one process so far, which uses every core "
-                "and one GPU if there is one. Set it to 1, or start without torchrun."
-            )
+    check_sharding()
 
 
 def check_loading(model_args: Any, finetuning_args: Any) -> None:

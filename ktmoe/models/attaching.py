@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -23,14 +25,17 @@ from ktmoe.models.attached import allow_saving, moe_layers, refuse_saving
 from ktmoe.models.families import Layer, find, put_back
 from ktmoe.models.skeleton import check_lora, on_disk
 from ktmoe.notices import say_once
-from ktmoe.planning import plan
-from ktmoe.processes import check_one_process
+from ktmoe.planning import for_processes, plan
+from ktmoe.processes import Ranks, Sharing, join
 from ktmoe.room import check_room
 from ktmoe.types import ExpertWeights, KTError, MoEShape
 
 
 if TYPE_CHECKING:
     from peft import LoraConfig
+
+
+_ATTACHED = itertools.count()  # the same on every process: they run the same program
 
 
 def attach(
@@ -58,8 +63,8 @@ def attach(
         The model, or a PeftModel around it if `lora` was given.
 
     Raises:
-        KTError: no MoE layer, experts that are not plain, sizes that the backend cannot take, or a launcher that
-            started several processes. It stays as it was.
+        KTError: no MoE layer, experts that are not plain, sizes that the backend cannot take, or processes
+            that do not know of each other yet. It stays as it was.
         KernelError: the kernel failed a check.
 
     Examples:
@@ -69,7 +74,7 @@ def attach(
         >>> model(torch.tensor([[1, 2, 3]])).logits.shape
         torch.Size([1, 3, 64])
     """
-    check_one_process()
+    ranks = join()
     config = config or KTConfig()
     replaced: dict[str, MoEExperts] = {}
     found = find(model)
@@ -79,16 +84,25 @@ def attach(
         weights = {name: layer.weights(tensors[name]) for name, layer in found.items()}
         if checkpoint is not None:
             weights = on_disk(model, found, checkpoint)
-        config = _settle(config, found, weights, rank or 1)
-        for name, layer in found.items():
+        config = _settle(config, found, weights, rank or 1, ranks)
+        number = next(_ATTACHED)
+        for position, (name, layer) in enumerate(found.items()):
             if checkpoint is None and any(t.is_meta for t in tensors[name].values()):
                 raise KTError(
                     f"{name}: its weights are on the meta device. Load the model's weights before attaching."
                 )
             replaced[name] = MoEExperts(weights[name], top_k=layer.top_k, config=config)
+            if ranks is not None:
+                replaced[name].sharing = Sharing(ranks, f"{number}: {name}", position, replaced[name])
             plan(config, replaced[name].shape(rank or 1), weights[name].stored)
         if rank:  # before the model is touched: a kernel that fails its checks leaves it as it was
-            _load(replaced, rank, streamed=checkpoint is not None)
+            load = functools.partial(_load, replaced, rank, streamed=checkpoint is not None)
+            if ranks is None:
+                load()
+            else:
+                ranks.agree(load)
+                for experts in replaced.values():  # of a process that owns none: it asks for what it has to know
+                    experts.load(rank)
     except BaseException:
         for experts in replaced.values():
             experts.close()
@@ -112,17 +126,26 @@ def attach(
         raise
 
 
-def _settle(config: KTConfig, found: dict[str, Layer], weights: dict[str, ExpertWeights], rank: int) -> KTConfig:
-    """Decides what is `auto`, once for all layers: by the largest of them. Refuses what memory cannot hold."""
+def _settle(
+    config: KTConfig, found: dict[str, Layer], weights: dict[str, ExpertWeights], rank: int, ranks: Ranks | None
+) -> KTConfig:
+    """Decides what is `auto`, once for all layers and processes: by the largest layer. Refuses what does not fit."""
     shapes = [
         MoEShape(w.num_experts, w.hidden_size, w.intermediate_size, found[name].top_k, rank)
         for name, w in weights.items()
     ]
     formats = {w.stored for w in weights.values()}
     stored = formats.pop() if len(formats) == 1 else ""
-    decided = settle(config, max(shapes, key=bf16_bytes), sum(map(bf16_bytes, shapes)), stored)
-    check_room(decided, shapes, stored)
-    return decided
+
+    def decide() -> KTConfig:
+        largest = max(shapes, key=bf16_bytes)
+        decided = settle(config, largest, sum(map(bf16_bytes, shapes)), stored)
+        if ranks is not None:
+            decided = for_processes(decided, len(ranks.on_host), largest, stored)
+        check_room(decided, shapes, stored)
+        return decided
+
+    return decide() if ranks is None else ranks.agree(decide)
 
 
 def _load(layers: dict[str, MoEExperts], rank: int, streamed: bool) -> None:

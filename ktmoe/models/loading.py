@@ -29,7 +29,7 @@ from ktmoe.models.families import expert_modules
 from ktmoe.models.rest_in_bits import linear_routers, with_skipped
 from ktmoe.models.skeleton import auto_class, check_model, experts_in, layers_of, make_skeleton
 from ktmoe.planning import plan
-from ktmoe.processes import check_one_process
+from ktmoe.processes import check_launch
 from ktmoe.room import check_least
 from ktmoe.types import KTError, MoEShape
 
@@ -78,7 +78,7 @@ def load_model(
         >>> model(input_ids=torch.tensor([[1, 2, 3]]), labels=torch.tensor([[1, 2, 3]])).loss.backward()
         >>> model.save_pretrained(new_path)  # the adapter, as stock peft reads it
     """
-    check_one_process()
+    check_launch()
     given, kt_config = configurations(config, kt_config)
     check_arguments(from_pretrained)
     model_config, trust, rest = model_configuration(path, given, from_pretrained)

@@ -40,8 +40,20 @@ def summary(model: nn.Module) -> list[str]:
         f"ktmoe: {len(layers)} MoE layers x {first.num_experts} experts, {size:.3g} GB of {held} weights in host "
         f"memory; everything else on {', '.join(sorted(rest)) or 'cpu'}",
         f"ktmoe: trainable parameters: {of_experts:,} in expert LoRA, {others:,} elsewhere",
+        *_processes(first),
         _activation(layers, 4 * of_experts),
         *_slow_dtype(model),
+    ]
+
+
+def _processes(experts: MoEExperts) -> list[str]:
+    ranks = experts.sharing.ranks if experts.sharing else None
+    if ranks is None:
+        return []
+    own = f"{len(ranks.on_host)} process{'es' if len(ranks.on_host) > 1 else ''} of this host"
+    return [
+        f"ktmoe: {own}, {ranks.world} in all: rank {ranks.owner} holds this host's experts and computes them for all "
+        "of its processes together; DDP's averages include their LoRA"
     ]
 
 

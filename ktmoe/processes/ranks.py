@@ -1,0 +1,186 @@
+"""The processes of a launcher: who they are, and the one on each host that owns the routed experts."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import socket
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+from torch.distributed import rpc
+from torch.distributed.rendezvous import register_rendezvous_handler
+
+from ktmoe.errors import KernelError, KTError
+from ktmoe.processes.launched import check_launch, number
+from ktmoe.processes.meeting import Meeting
+
+
+_T = TypeVar("_T")
+
+_LONG = timedelta(days=7)  # a launcher ends what hangs; loading a large model may take an hour
+_SCHEME = "ktmoe"
+_LAST = 120  # seconds that a process waits for the others at its end
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The processes of this host, and all.
+
+    Attributes:
+        rank: of this process among all.
+        on_host: of the processes of this host, in order; the first owns the experts.
+        everyone: all processes, by gloo: expert LoRA is on the CPU.
+        here: those of this host.
+        meeting: where their calls meet; on the owner.
+    """
+
+    rank: int
+    on_host: tuple[int, ...]
+    everyone: dist.ProcessGroup
+    here: dist.ProcessGroup
+    meeting: Meeting | None
+
+    @property
+    def world(self) -> int:
+        """The number of all processes."""
+        return dist.get_world_size(self.everyone)
+
+    @property
+    def owner(self) -> int:
+        """The rank of the process that owns the experts."""
+        return self.on_host[0]
+
+    @property
+    def is_owner(self) -> bool:
+        """Whether this process does."""
+        return self.rank == self.owner
+
+    def agree(self, decide: Callable[[], _T]) -> _T:
+        """What the owner decides, or refuses, on every process of the host. To be called on all.
+
+        Raises:
+            KTError: it was refused.
+            KernelError: the kernel failed a check.
+        """
+        made: list[Any] = [None, None]
+        if self.is_owner:
+            try:
+                made[0] = decide()
+            except (KTError, KernelError) as error:
+                made[1] = error
+        if len(self.on_host) > 1:
+            dist.broadcast_object_list(made, src=self.owner, group=self.here)
+        if made[1] is not None:
+            raise made[1]
+        decided: _T = made[0]
+        return decided
+
+    def ask(self, function: Callable[..., _T], *args: Any) -> _T:
+        """Calls a function in the owner's process.
+
+        Raises:
+            KTError: from the function, or the owner is gone.
+        """
+        if self.is_owner:
+            return function(*args)
+        try:
+            answer, refused = rpc.rpc_sync(_name(self.owner), _guarded, (function, args))
+        except RuntimeError as error:
+            raise KTError(
+                f"Rank {self.owner}, whose process owns the routed experts of this host, does not answer: it has "
+                f"ended, or failed with what it printed. ({str(error).splitlines()[0]})"
+            ) from error
+        if refused:
+            raise KTError(refused)
+        found: _T = answer
+        return found
+
+
+_joined: Ranks | None = None
+
+
+def join() -> Ranks | None:
+    """The processes of this host; None if there is one process in all. To be called on all of them.
+
+    Raises:
+        KTError: several processes that do not know of each other, or a way of sharding that is not built.
+    """
+    global _joined
+    check_launch()
+    if number() < 2:
+        return None
+    if _joined is None:
+        _joined = _join()
+    return _joined
+
+
+def _join() -> Ranks:
+    rank, size = dist.get_rank(), dist.get_world_size()
+    everyone = dist.new_group(backend="gloo", timeout=_LONG)
+    named: list[Any] = [None] * size
+    # torchrun's number of the node too: containers may have one host name between them.
+    dist.all_gather_object(named, (socket.gethostname(), os.environ.get("GROUP_RANK", "")), group=everyone)
+    hosts = [tuple(r for r in range(size) if named[r] == host) for host in dict.fromkeys(named)]
+    groups = [dist.new_group(list(ranks), backend="gloo", timeout=_LONG) for ranks in hosts]  # every process makes all
+    on_host, here = next((r, g) for r, g in zip(hosts, groups, strict=True) if rank in r)
+    meeting = Meeting(on_host) if rank == on_host[0] and len(on_host) > 1 else None
+    ranks = Ranks(rank, on_host, everyone, here, meeting)
+    if len(on_host) > 1:
+        _connect(ranks)
+    return ranks
+
+
+def _connect(ranks: Ranks) -> None:
+    """torch's own remote calls, between the processes of this host."""
+    store = dist.distributed_c10d.PrefixStore(f"ktmoe {ranks.owner}", dist.distributed_c10d._get_default_store())
+    own = ranks.on_host.index(ranks.rank)
+
+    def rendezvous(*ignored: Any, **too: Any) -> Iterator[tuple[Any, int, int]]:
+        yield store, own, len(ranks.on_host)
+
+    # The launcher has taken the port that its variables name, and its store outlives the processes.
+    register_rendezvous_handler(_SCHEME, rendezvous)
+    os.environ.setdefault("TP_SOCKET_IFNAME", "lo")  # else it asks what address the host's name has
+    options = rpc.TensorPipeRpcBackendOptions(
+        init_method=f"{_SCHEME}://",
+        num_worker_threads=2 * len(ranks.on_host) + 2,  # a call of each process may wait for the others'
+        rpc_timeout=_LONG.total_seconds(),
+        _transports=["uv"],  # "shm", the default within a host, keeps a core of every process spinning
+    )
+    with warnings.catch_warnings():  # torch's own use of its own groups
+        warnings.filterwarnings("ignore", message="You are using a Backend")
+        rpc.init_rpc(
+            _name(ranks.rank),
+            rank=own,
+            world_size=len(ranks.on_host),
+            rpc_backend_options=options,
+        )
+    atexit.register(_leave, ranks)
+
+
+def _leave(ranks: Ranks) -> None:
+    """At the end of this process: the owner stays until nobody can ask any more."""
+    failed = getattr(sys, "last_type", None) is not None  # the others would wait for it in vain
+    with suppress(RuntimeError):  # somebody failed
+        rpc.shutdown(graceful=not failed, timeout=_LAST)
+    if ranks.meeting is not None:
+        ranks.meeting.close()
+
+
+def _name(rank: int) -> str:
+    return f"ktmoe-{rank}"
+
+
+def _guarded(function: Callable[..., Any], args: tuple[Any, ...]) -> tuple[Any, str]:
+    """In the owner's process. What the user can mend comes back as a text: torch would add a traceback of here."""
+    try:
+        return function(*args), ""
+    except KTError as error:
+        return None, str(error)
