@@ -18,6 +18,7 @@ def run(command: Callable[[], None]) -> None:
     try:
         command()
     except (KTError, KernelError) as error:  # a kernel that fails its checks: the message says what to use instead
+        sys.last_type = type(error)  # as Python does for errors that end it: what is done at the end may ask
         print(f"ktmoe: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     except subprocess.CalledProcessError as error:  # torchrun, whose worker has said why

@@ -29,7 +29,7 @@ class TrainingLog(TrainerCallback):
     For `transformers.Trainer` and TRL: `Trainer(..., callbacks=[ktmoe.TrainingLog()])`; `ktmoe train` adds it itself.
     The figures are of the steps since the last line, evaluation, saving and loading of data left out:
 
-    - `tokens_per_second`: tokens that were trained on, padding included.
+    - `tokens_per_second`: tokens that this process has trained on, padding included.
     - `experts_forward`, `experts_recompute`, `experts_backward`, `outside_experts`: seconds a step. Recompute is what
       gradient checkpointing runs again; it is next to nothing where forwards are retained.
     - `experts_gflops`, `experts_of_gemm`: the experts' products with frozen weights, a second, and as a part of what a

@@ -223,6 +223,23 @@ def test_a_forward_of_several_is_not_run_again_for_their_backwards(monkeypatch):
     assert held == [True]
 
 
+def test_the_lora_of_a_step_is_sent_by_its_owner_alone(monkeypatch):
+    monkeypatch.setattr("ktmoe.processes.serving._SOON", 30)
+    layer = Layer("reference", 4)
+    shared, sent = Shared([layer], 3, patience=30), []
+    for rank, (one,) in enumerate(shared.asking):
+        ask = one._ask
+        one._ask = lambda r, ask=ask, rank=rank: (sent.append(rank) if r.lora else None, ask(r))[1]
+
+    def run(rank):
+        time.sleep(0.1 * (rank == 0))  # it comes last
+        shared.asking[rank][0].forward(layer.draw(3, random.Random(rank)), save=False)
+
+    at_once(*(partial(run, rank) for rank in range(3)))
+    shared.meeting.close()
+    assert sent == [0]
+
+
 def test_gradients_that_nobody_averages_are_not_summed(layers):
     """Two processes that train a model each, without DDP."""
     layer, shared = layers[0], Shared(layers, 2, patience=30, averaged=False)

@@ -3,6 +3,7 @@
 import json
 import os
 
+import peft
 import pytest
 import torch
 from factory import save_model
@@ -251,6 +252,36 @@ with torch.no_grad():
     assert "Rank 0, whose process owns the routed experts of this host, does not answer" in second.stderr
 
 
+def test_an_end_is_silent(folder):
+    """Also where one process is at its end long before the other, and the script has ended the group itself."""
+    done = by_hand(
+        folder,
+        """
+import time, ktmoe.processes.ranks
+ktmoe.processes.ranks._LAST = 1
+loss(1, rank).backward()
+dist.barrier()
+if rank == 1:
+    dist.destroy_process_group()
+else:
+    time.sleep(3)
+print("end")
+""",
+    )
+    assert [d.stdout for d in done] == ["end\n"] * 2
+    assert not any("[W" in d.stderr or "Error" in d.stderr for d in done), done
+
+
+@pytest.mark.parametrize(("targets", "left"), [(["q_proj", "experts"], True), (["experts"], False)])
+def test_what_ddp_is_asked_to_leave_out(folder, targets, left):
+    """It refuses parameters on two kinds of device, and a model of which nothing trains."""
+    lora = peft.LoraConfig(r=4, target_modules=targets)
+    model = ktmoe.load_model(folder / "model", ktmoe.KTConfig(kt_backend="torch"), lora=lora)
+    own = [n for n, p in model.named_parameters() if p.requires_grad and ".experts." in n]
+    assert len(own) == 12
+    assert model._ddp_params_and_buffers_to_ignore == (sorted(own) if left else [])
+
+
 def test_the_experts_are_there_once(folder, tmp_path):
     """Anonymous memory of two processes against one's: the second one has no copy of any kind."""
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
@@ -301,6 +332,40 @@ def test_refused_before_anything_is_loaded(folder, monkeypatch, tmp_path, how):
             start(tmp_path / "nowhere")
         monkeypatch.delenv(name)
     start(folder / "model")
+
+
+def test_an_error_of_the_owner_is_the_others_too(folder):
+    """Not "it does not answer": the error itself, and the next call is answered."""
+    done = by_hand(
+        folder,
+        """
+from ktmoe.interface import Backend
+from ktmoe.backends.reference import ReferenceBackend
+loss(1, rank)
+forward = ReferenceBackend.forward
+errors = [MemoryError("no room"), ktmoe.KernelError("a wrong number"), ktmoe.KTError("kt_max_len: too small")]
+for number, error in enumerate(errors):
+    def failing(self, *about, error=error, **more):
+        raise error
+    dist.barrier()
+    ReferenceBackend.forward = failing
+    dist.barrier()
+    try:
+        loss(1, 100 + 10 * number + rank)  # not one that is answered without computing
+    except Exception as found:
+        print(type(found).__name__, found)
+    dist.barrier()
+    ReferenceBackend.forward = forward
+dist.barrier()
+assert loss(1, rank).isfinite()
+dist.barrier()
+""",
+    )
+    assert done[0].stdout.splitlines() == [
+        "MemoryError no room", "KernelError a wrong number", "KTError kt_max_len: too small",
+    ]  # fmt: skip
+    assert done[1].stdout.splitlines()[1:] == done[0].stdout.splitlines()[1:]
+    assert "RuntimeError Rank 0, which computes the routed experts, failed with MemoryError: no room" in done[1].stdout
 
 
 def test_what_the_owner_refuses_is_refused_by_all(folder):

@@ -26,7 +26,7 @@ _T = TypeVar("_T")
 
 _LONG = timedelta(days=7)  # a launcher ends what hangs; loading a large model may take an hour
 _SCHEME = "ktmoe"
-_LAST = 120  # seconds that a process waits for the others at its end
+_LAST = 45  # seconds that a process waits for the others at its end: launchers end them when one has ended in an error
 
 
 @dataclass(frozen=True)
@@ -87,18 +87,20 @@ class Ranks:
 
         Raises:
             KTError: from the function, or the owner is gone.
+            KernelError: from the function.
+            RuntimeError: the function failed otherwise.
         """
         if self.is_owner:
             return function(*args)
         try:
-            answer, refused = rpc.rpc_sync(_name(self.owner), _guarded, (function, args))
-        except RuntimeError as error:
+            answer, error = rpc.rpc_sync(_name(self.owner), _guarded, (function, args))
+        except RuntimeError as lost:
             raise KTError(
                 f"Rank {self.owner}, whose process owns the routed experts of this host, does not answer: it has "
-                f"ended, or failed with what it printed. ({str(error).splitlines()[0]})"
-            ) from error
-        if refused:
-            raise KTError(refused)
+                f"ended, and said why if it could. ({str(lost).splitlines()[0]})"
+            ) from lost
+        if error is not None:
+            raise error
         found: _T = answer
         return found
 
@@ -178,9 +180,12 @@ def _name(rank: int) -> str:
     return f"ktmoe-{rank}"
 
 
-def _guarded(function: Callable[..., Any], args: tuple[Any, ...]) -> tuple[Any, str]:
-    """In the owner's process. What the user can mend comes back as a text: torch would add a traceback of here."""
+def _guarded(function: Callable[..., Any], args: tuple[Any, ...]) -> tuple[Any, Exception | None]:
+    """In the owner's process. Errors come back as what they are: torch would make texts of them, with tracebacks."""
     try:
-        return function(*args), ""
-    except KTError as error:
-        return None, str(error)
+        return function(*args), None
+    except (KTError, KernelError) as error:
+        return None, error
+    except Exception as error:
+        text = f"{type(error).__name__}: {error}"
+        return None, RuntimeError(f"Rank {dist.get_rank()}, which computes the routed experts, failed with {text}")

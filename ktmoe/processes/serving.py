@@ -17,6 +17,7 @@ from ktmoe.processes.meeting import Call, Meeting
 from ktmoe.types import Gradients, Inputs, Lora
 
 
+_SOON = 0.05  # seconds in which the owner's own call should bring the LoRA of the step: that copy costs no message
 _KEPT = 2  # LoRAs of a layer: that of the step, and one that is compared with (DPO's reference)
 _LATER = 1 << 20  # of a step: its backwards, from the last layer to the first
 
@@ -72,16 +73,20 @@ class Served:
         self._numbers = itertools.count(STATELESS + 1)
         self._last = _Together(STATELESS, STATELESS, ())
         self._loras: OrderedDict[tuple[Any, ...], Lora] = OrderedDict()
-        self._lock = threading.Lock()
+        self._owner = min(ranks)
+        self._learned = threading.Condition()
 
     def answer(self, request: Request) -> Any:
         """Output and ticket, or gradients, of which somebody else may have got the LoRA's; None: send the LoRA too."""
         lora = None
         if request.lora_id:
-            with self._lock:
+            with self._learned:
                 if request.lora is not None:
                     copy = {name: t.detach().clone() for name, t in request.lora.tensors.items()}
                     self._loras[request.lora_id] = Lora(copy, request.lora.scaling)
+                    self._learned.notify_all()
+                elif request.rank != self._owner:
+                    self._learned.wait_for(lambda: request.lora_id in self._loras, _SOON)
                 if request.lora_id not in self._loras:
                     return None
                 self._loras.move_to_end(request.lora_id)
