@@ -2,8 +2,10 @@
 
 import itertools
 import random
+import signal
 import threading
 import time
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 
@@ -108,6 +110,32 @@ def test_an_error_is_everybodys_and_the_next_call_is_answered():
     meeting.close()
     with pytest.raises(RuntimeError, match="at its end"):
         meet(meeting, groups, 0)
+
+
+@pytest.mark.parametrize("other_comes", [False, True])
+def test_ctrl_c_of_the_owner_leaves_nobody_waiting(other_comes):
+    """Before its turn, and at the moment of it: then the other one hears of it."""
+    meeting, groups = Meeting([0, 1], patience=30), Groups()
+
+    def come():
+        with suppress(KeyboardInterrupt, RuntimeError):  # it may be too late
+            meet(meeting, groups, 1)
+
+    def interrupt(*about):
+        if other_comes:
+            threading.Thread(target=come).start()
+            time.sleep(0.05)  # until the turn is given
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.2)
+        with pytest.raises(KeyboardInterrupt):
+            meet(meeting, groups, 0)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert at_once(lambda: meet(meeting, groups, 1, "another", 0, [1])) == [10]
+    meeting.close()
 
 
 class Layer:

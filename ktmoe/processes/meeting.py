@@ -80,8 +80,18 @@ class Meeting:
             self._waiting.append(call)
             self._changed.notify()
         if call.rank == self._own:
-            _compute(call.turn.result())
+            try:
+                group = call.turn.result()
+            except BaseException as error:  # Ctrl-C: nobody comes back here to compute
+                self._withdraw(call, error)
+                raise
+            _compute(group)
         return call.answer.result()
+
+    def _withdraw(self, call: Call, error: BaseException) -> None:
+        with self._changed:
+            self._waiting = [other for other in self._waiting if other is not call]
+        call.turn.add_done_callback(lambda turn: _fail(turn.result(), error))  # it may be on its way
 
     def close(self) -> None:
         """Ends the thread after what has been asked for."""
@@ -135,11 +145,15 @@ def _compute(group: Sequence[Call]) -> None:
     try:
         answers = group[0].compute([call.given for call in group])
     except BaseException as error:  # theirs, not this thread's
-        for call in group:
-            call.answer.set_exception(error)
+        _fail(group, error)
     else:
         for call, answer in zip(group, answers, strict=True):
             call.answer.set_result(answer)
+
+
+def _fail(group: Sequence[Call], error: BaseException) -> None:
+    for call in group:
+        call.answer.set_exception(error)
 
 
 def _first(group: dict[int, Call]) -> Call:
