@@ -67,6 +67,9 @@ TRAINING = [
         "trainers",
         "clients",
         "real_model",
+        "meeting",
+        "processes",
+        "hosts",
     )
 ]
 

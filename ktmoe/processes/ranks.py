@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 from torch.distributed import rpc
 from torch.distributed.rendezvous import register_rendezvous_handler
@@ -134,6 +135,9 @@ def _join() -> Ranks:
     on_host, here = next((r, g) for r, g in zip(hosts, groups, strict=True) if rank in r)
     meeting = Meeting(on_host) if rank == on_host[0] and len(on_host) > 1 else None
     ranks = Ranks(rank, on_host, everyone, here, meeting)
+    # Several processes on CPUs alone: accelerate calls the device "cpu:0", and the Trainer has torch.load map its
+    # optimizer there when it resumes. torch does not know that name.
+    torch.serialization.register_package(100, _no_tag, _on_cpu)
     if len(on_host) > 1:
         _connect(ranks)
     return ranks
@@ -174,6 +178,15 @@ def _leave(ranks: Ranks) -> None:
         rpc.shutdown(graceful=not failed, timeout=_LAST)
     if ranks.meeting is not None:
         ranks.meeting.close()
+
+
+def _no_tag(storage: Any) -> None:
+    """For torch.save: as it names storages itself."""
+
+
+def _on_cpu(storage: Any, location: str) -> Any:
+    """For torch.load: a storage of `cpu:0` and the like stays where it was read to; None for others."""
+    return storage if location.startswith("cpu:") else None
 
 
 def _name(rank: int) -> str:
