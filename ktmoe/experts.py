@@ -187,7 +187,7 @@ class MoEExperts(nn.Module):
         check_call(hidden_states, top_k_index, top_k_weights, backend.shape)
         if lora is not None:
             check_lora(lora, backend.shape)
-            if self.sharing is not None and self.training:
+            if self.sharing is not None and (self.training or torch.is_grad_enabled()):
                 self.sharing.follow(lora)
         return run_experts(backend, hidden_states, top_k_index, top_k_weights, lora, self.training)
 

@@ -129,7 +129,7 @@ def test_several_processes_in_bf16(runs, backend):
     _, several = runs(2, backend=backend, checkpointing="reentrant")
     _, one = runs(backend=backend, checkpointing="reentrant")
     for (mine, norm), (other, norm_of_one) in zip(several[0][0], one[0][0], strict=True):
-        assert mine == pytest.approx(other, rel=2e-3)
+        assert mine == pytest.approx(other, rel=4e-3)  # 1.2e-4 to 2.3e-3, by transformers' release
         assert norm == pytest.approx(norm_of_one, rel=0.02)
     assert all(torch.equal(several[0][1][name], t) for name, t in several[1][1].items())
 
@@ -252,6 +252,21 @@ with torch.no_grad():
     assert "Rank 0, whose process owns the routed experts of this host, does not answer" in second.stderr
 
 
+def test_training_in_evaluation_mode_is_averaged_too(folder):
+    """As some switch dropout off; DDP does not look at the mode either."""
+    by_hand(
+        folder,
+        """
+model.eval()
+loss(2, rank).backward()
+both = [None, None]
+dist.all_gather_object(both, grads())
+assert all(torch.equal(both[0][n], both[1][n]) for n in both[0])
+dist.barrier()
+""",
+    )
+
+
 def test_an_end_is_silent(folder):
     """Also where one process is at its end long before the other, and the script has ended the group itself."""
     done = by_hand(
@@ -311,7 +326,7 @@ dist.barrier()
     assert [d.returncode for d in done] == [0, 0], done
     owner, other = (int(d.stdout.split()[-1]) for d in done)
     assert owner > 1.5 * size  # both packed copies are here
-    assert other < 0.3 * size
+    assert other < 0.5 * size  # the rest of the model, libraries
 
 
 @pytest.mark.parametrize("how", ["load_model", "attach"])

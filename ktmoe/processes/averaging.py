@@ -30,7 +30,7 @@ class Averaging:
         self._known: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
 
     def follow(self, parameters: Iterable[Tensor]) -> bool:
-        """To be called in every training forward, on every process.
+        """To be called in every forward that may be trained on, on every process.
 
         When a DDP module first comes along, the first process's numbers are given to all, as it does for its own.
 

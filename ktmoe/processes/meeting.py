@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Hashable, Sequence
-from concurrent.futures import Future, wait
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,15 +33,11 @@ class Call:
     compute: Callable[[Sequence[Any]], Sequence[Any]]
     given: Any
     answer: Future[Any] = field(default_factory=Future)
-    turn: Future[Sequence[Call]] = field(default_factory=Future)  # of a call that is made here: a group to compute
     since: float = field(default_factory=time.monotonic)
 
 
 class Meeting:
-    """Computes calls, one group at a time: on the thread of a caller of this process, else on one of its own.
-
-    Each thread that computes has OpenMP threads of its own, which sleep instead of spinning where all of them together
-    are more than the cores: a third of the speed of small products.
+    """Computes calls, one group at a time, on a thread of its own: OpenMP keeps a set of threads for each caller.
 
     A group begins when everybody who is expected has come; when all processes wait, for whatever; or when the missing
     were waited for in vain. Who was is not waited for again until it comes by itself: a process that evaluates alone,
@@ -53,10 +49,10 @@ class Meeting:
         """Starts the thread.
 
         Args:
-            ranks: the processes; the first is this one.
+            ranks: the processes.
             patience: seconds that a call waits for others while nothing is computed.
         """
-        self._ranks, self._own = frozenset(ranks), ranks[0]
+        self._ranks = frozenset(ranks)
         self._patience = patience
         self._absent: set[int] = set()
         self._waiting: list[Call] = []
@@ -79,19 +75,7 @@ class Meeting:
             self._absent.discard(call.rank)
             self._waiting.append(call)
             self._changed.notify()
-        if call.rank == self._own:
-            try:
-                group = call.turn.result()
-            except BaseException as error:  # Ctrl-C: nobody comes back here to compute
-                self._withdraw(call, error)
-                raise
-            _compute(group)
         return call.answer.result()
-
-    def _withdraw(self, call: Call, error: BaseException) -> None:
-        with self._changed:
-            self._waiting = [other for other in self._waiting if other is not call]
-        call.turn.add_done_callback(lambda turn: _fail(turn.result(), error))  # it may be on its way
 
     def close(self) -> None:
         """Ends the thread after what has been asked for."""
@@ -102,11 +86,14 @@ class Meeting:
 
     def _work(self) -> None:
         while group := self._group():
-            if group[0].rank == self._own:
-                group[0].turn.set_result(group)
-                wait([call.answer for call in group])
+            try:
+                answers = group[0].compute([call.given for call in group])
+            except BaseException as error:  # theirs, not this thread's
+                for call in group:
+                    call.answer.set_exception(error)
             else:
-                _compute(group)
+                for call, answer in zip(group, answers, strict=True):
+                    call.answer.set_result(answer)
             self._idle = time.monotonic()
 
     def _group(self) -> list[Call]:
@@ -139,21 +126,6 @@ class Meeting:
             return [], left
         self._absent |= _first(oldest).expected - here
         return list(oldest.values()), None
-
-
-def _compute(group: Sequence[Call]) -> None:
-    try:
-        answers = group[0].compute([call.given for call in group])
-    except BaseException as error:  # theirs, not this thread's
-        _fail(group, error)
-    else:
-        for call, answer in zip(group, answers, strict=True):
-            call.answer.set_result(answer)
-
-
-def _fail(group: Sequence[Call], error: BaseException) -> None:
-    for call in group:
-        call.answer.set_exception(error)
 
 
 def _first(group: dict[int, Call]) -> Call:

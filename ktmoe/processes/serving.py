@@ -121,7 +121,8 @@ class Served:
         with self.backend.working():
             out, ticket = self.backend.forward(_joined(requests), save=save)
         number = STATELESS if ticket == STATELESS else next(self._numbers)
-        self._last = _Together(number, ticket, _rows(requests))
+        if save:  # others may leave what the backend holds as it is, and it knows
+            self._last = _Together(number, ticket, _rows(requests))
         return [(part, number) for part in _parted(out, requests)]
 
     def _backward(self, requests: Sequence[Request]) -> list[Gradients]:

@@ -81,7 +81,7 @@ class Sharing:
         return self._ask(what, lambda: None), what.plan
 
     def follow(self, parameters: Iterable[Tensor]) -> None:
-        """See `ktmoe.processes.averaging`. To be called in every training forward."""
+        """See `ktmoe.processes.averaging`. To be called in every forward that may be trained on."""
         averaged = self._averaging.follow(parameters)
         if self._asking is not None:
             self._asking.averaged = averaged
