@@ -49,8 +49,8 @@ def train(ctx: typer.Context) -> None:
     """Train with stock LLaMA-Factory: its arguments (CONFIG.yaml key=value ..., or --key value ...) plus ktmoe's.
 
     use_kt: true runs the routed experts on the CPU: kt_backend, kt_num_threads, kt_tp_enabled, kt_num_gpu_experts,
-    kt_weight_path, kt_max_len, kt_share_backward, kt_cpu_activation, kt_torch_packing, kt_verify, kt_fallback. Without
-    use_kt, LLaMA-Factory runs as it is.
+    kt_gpu_experts, kt_weight_path, kt_max_len, kt_share_backward, kt_cpu_activation, kt_torch_packing, kt_verify,
+    kt_fallback. Without use_kt, LLaMA-Factory runs as it is.
     """
     from ktmoe.llamafactory import main as train_main
 
@@ -143,6 +143,43 @@ def plan(
         else:
             budget.show(found, seconds, Console())
         raise typer.Exit(int(found.best is None))
+
+    run(command)
+
+
+@app.command()
+def calibrate(
+    model: Annotated[str, typer.Argument(help="A folder, a hub name, or a configuration as train's.")],
+    data: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Argument(help="For a model: .jsonl, .json, .csv, .parquet, .txt, or a data set on the hub."),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="The file to write.")] = Path("expert_counts.json"),
+    tokens: Annotated[int, typer.Option(min=1, help="How many are enough.")] = 200_000,
+    length: Annotated[int, typer.Option(min=1, help="At which longer rows of DATA are cut off.")] = 2048,
+    trust_remote_code: Annotated[bool, typer.Option(help="Let the model's own code run.")] = False,
+) -> None:
+    """Count which experts one's own data goes to, for kt_num_gpu_experts with kt_gpu_experts: FILE.
+
+    For a configuration of LLaMA-Factory with use_kt: true, its training set as it would be trained on.
+
+    For example: ktmoe calibrate Qwen/Qwen3-30B-A3B chats.jsonl, or ktmoe calibrate qwen3_moe_lora_sft_kt.yaml
+    """
+
+    def command() -> None:
+        from ktmoe import calibration, counts
+
+        name, of_configuration = model, model.endswith((".yaml", ".yml", ".json"))
+        if of_configuration and data is None:
+            from ktmoe.llamafactory import calibrate as of_training
+
+            name, layers = of_training(model, tokens)
+        elif of_configuration or data is None:
+            raise KTError("DATA: a configuration names its own; a model needs a file or a data set on the hub.")
+        else:
+            layers = calibration.of_data(model, data, tokens, length, trust_remote_code)
+        counts.write(out, layers, model=name)
+        typer.echo(calibration.in_words(layers, out))
 
     run(command)
 

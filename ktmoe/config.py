@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import os
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ktmoe import counts
 from ktmoe.backends import TABLE
 from ktmoe.backends.kt import PackedModel
 from ktmoe.types import KTError
@@ -29,6 +31,9 @@ OLD_KEYS = {
     "kt_lora_expert_num": "delete it: the routed experts have LoRA when lora_target covers them",
     "kt_lora_expert_intermediate_size": "delete it: the routed experts have LoRA when lora_target covers them",
 }
+
+
+_LIST = re.compile(r"[\[\]\s\d,]*")  # ids, as a command line has them
 
 
 def _backends() -> tuple[str, ...]:
@@ -81,7 +86,14 @@ class KTConfig:
         "NUMA nodes that the kernel's threads and weights are on, by their ids, e.g. [0, 2]; more than one with "
         "kt_tp_enabled. Default: those where the process has most cores.",
     )
-    kt_num_gpu_experts: int = _key(0, "Experts kept on the GPU. Not built yet: only 0 is accepted.")
+    kt_num_gpu_experts: int = _key(
+        0, "Experts of each layer that are on the GPU, in bf16; the others take so much less host memory and time."
+    )
+    kt_gpu_experts: Sequence[int] | str | None = _key(
+        None,
+        "Which ones: a list of ids, the same for every layer, or a file of ktmoe calibrate: those with most tokens, "
+        "layer by layer. Default: the first ones.",
+    )
     kt_weight_path: str | None = _key(
         None, "Folder of packed INT8 weights, made by ktmoe quantize; needs kt_backend: AMXInt8."
     )
@@ -135,14 +147,32 @@ class KTConfig:
         if not isinstance(self.kt_tp_enabled, bool):
             raise KTError(f"kt_tp_enabled: got {self.kt_tp_enabled!r}; expected true or false.")
         if self.kt_numa_nodes is not None:
-            object.__setattr__(self, "kt_numa_nodes", _node_ids(self.kt_numa_nodes))
-        if isinstance(self.kt_num_gpu_experts, bool) or self.kt_num_gpu_experts != 0:
-            raise KTError(
-                f"kt_num_gpu_experts: got {self.kt_num_gpu_experts!r}; only 0 is built so far (the kernel's own "
-                "setting for it is ignored in training). Write 0, or leave it out."
-            )
+            object.__setattr__(self, "kt_numa_nodes", _ids("kt_numa_nodes", "NUMA nodes", self.kt_numa_nodes))
+        self._check_gpu_experts()
         if self.kt_weight_path is not None:
             self._check_weight_path()
+
+    def _check_gpu_experts(self) -> None:
+        n, named = self.kt_num_gpu_experts, self.kt_gpu_experts
+        if isinstance(n, bool) or not isinstance(n, int) or n < 0:
+            raise KTError(f"kt_num_gpu_experts: got {n!r}; expected a whole number: experts of each layer, or 0.")
+        if n and self.kt_weight_path is not None:
+            raise KTError(
+                f"kt_num_gpu_experts: got {n} with kt_weight_path, which holds all experts packed for the CPU. Leave "
+                "kt_weight_path out: the others are packed while loading."
+            )
+        if named is None:
+            return
+        if not n:
+            raise KTError(f"kt_gpu_experts: got {named!r}; it says which, and kt_num_gpu_experts (0) how many.")
+        if isinstance(named, (str, os.PathLike)) and not _LIST.fullmatch(os.fspath(named)):
+            counts.read(named)
+            object.__setattr__(self, "kt_gpu_experts", os.fspath(named))
+            return
+        ids = _ids("kt_gpu_experts", "experts", named)
+        if len(ids) != n:
+            raise KTError(f"kt_gpu_experts: got {len(ids)} ids; kt_num_gpu_experts is {n}. Write as many.")
+        object.__setattr__(self, "kt_gpu_experts", ids)
 
     def _check_weight_path(self) -> None:
         if not isinstance(self.kt_weight_path, (str, os.PathLike)):
@@ -179,8 +209,8 @@ class KTConfig:
             elif isinstance(field.default, bool):
                 about["type"] = "boolean"
             elif isinstance(field.default, int):
-                about["const"] = field.default  # of a feature that is not built yet
-            elif field.name == "kt_numa_nodes":
+                about |= {"type": "integer", "minimum": 0}
+            elif field.name in ("kt_numa_nodes", "kt_gpu_experts"):
                 ids = {"type": "array", "items": {"type": "integer", "minimum": 0}, "uniqueItems": True, "minItems": 1}
                 about["anyOf"] = [ids, {"type": ["integer", "string", "null"]}]
             else:
@@ -195,7 +225,7 @@ class KTConfig:
         }
 
 
-def _node_ids(value: Any) -> tuple[int, ...]:
+def _ids(key: str, what: str, value: Any) -> tuple[int, ...]:
     """A list of ids, one id, or either as a command line has it."""
     parts: Any = value
     if isinstance(value, str):
@@ -204,7 +234,7 @@ def _node_ids(value: Any) -> tuple[int, ...]:
         parts = [value]
     whole = isinstance(parts, (list, tuple)) and all(type(p) is int and p >= 0 for p in parts)
     if not whole or not parts or len(set(parts)) < len(parts):
-        raise KTError(f"kt_numa_nodes: got {value!r}; expected ids of NUMA nodes, each once, e.g. [0, 1].")
+        raise KTError(f"{key}: got {value!r}; expected ids of {what}, each once, e.g. [0, 1].")
     return tuple(parts)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ktmoe import devices
 from ktmoe.autograd import run_experts
 from ktmoe.backends import TABLE, Plan, build, is_kernel
 from ktmoe.config import KTConfig
@@ -18,6 +19,7 @@ from ktmoe.notices import say_once
 from ktmoe.planning import find_packed, plan
 from ktmoe.processes import Sharing
 from ktmoe.retained import RetainedForwards
+from ktmoe.split import left_on_cpu, on_device, split
 from ktmoe.types import ExpertWeights, KTError, Lora, MoEShape
 from ktmoe.validation import check_call, check_lora, own_settings
 
@@ -52,6 +54,7 @@ class MoEExperts(nn.Module):
         r: int = 0,
         lora_alpha: float | None = None,
         config: KTConfig | None = None,
+        layer: str | None = None,
     ) -> None:
         """Holds the weights; loads them into the backend at once if `r` is given, else when first needed.
 
@@ -61,6 +64,7 @@ class MoEExperts(nn.Module):
             r: LoRA rank, 0 for no LoRA of its own.
             lora_alpha: LoRA is scaled by lora_alpha / r; defaults to r.
             config: which backend, threads, limits.
+            layer: its name in the model, for a `kt_gpu_experts` that is a file of counts.
 
         Raises:
             KTError: sizes or a rank that the backend cannot take.
@@ -75,6 +79,8 @@ class MoEExperts(nn.Module):
         self.original: tuple[nn.Module, ...] = ()  # what it stands for in a model; no submodule
         self.sharing: Sharing | None = None  # with other processes
         shape = self.shape(max(r, 1))
+        self.on_device = on_device(self.config, shape, layer)
+        shape = left_on_cpu(self.config, shape)
         self.config = settle(self.config, shape, bf16_bytes(shape), weights.stored)
         self.plan: Plan = plan(self.config, shape, weights.stored)
         # Read by peft for the device to put an adapter on, and by code that asks an experts module for its dtype.
@@ -145,19 +151,25 @@ class MoEExperts(nn.Module):
             return self._backend
 
     def _build(self, rank: int, scaling: float) -> Backend:
-        shape = self.shape(rank)
+        whole = self.shape(rank)
         if self.weights.is_meta:
             raise KTError("weights: on the meta device, so there are none. Give ExpertWeights tensors with data.")
+        here, shape = self.weights, left_on_cpu(self.config, whole)
+        if self.on_device:
+            here = here.some([e for e in range(whole.num_experts) if e not in self.on_device])
         with own_settings():
-            decided = plan(self.config, shape, self.weights.stored)
-            packed = find_packed(decided, self.weights, self.config)  # before the gate, which takes seconds
+            decided = plan(self.config, shape, here.stored)
+            packed = find_packed(decided, here, self.config)  # before the gate, which takes seconds
             usual = TABLE[decided.backend].built_for(shape)
             self.plan = ensure_verified(decided, usual, self.config)
-            backend = build(self.plan, self.weights, shape, scaling, packed if is_kernel(self.plan) else None)
+            backend = build(self.plan, here, shape, scaling, packed if is_kernel(self.plan) else None)
             if is_kernel(self.plan) and backend.built_for != usual:
                 self.plan = ensure_verified(self.plan, backend.built_for, self.config)
             if is_kernel(self.plan):
-                backend, self.plan = probe(backend, self.plan, self.weights, self.config)
+                backend, self.plan = probe(backend, self.plan, here, self.config)
+            device = devices.accelerator()
+            if self.on_device and device is not None:
+                backend = split(backend, self.weights, self.on_device, whole, device)
         return backend
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:

@@ -61,6 +61,13 @@ class Stored(Sequence[Tensor]):
         same.dtype = torch.float32
         return same
 
+    def some(self, experts: Sequence[int]) -> Stored:
+        """These experts alone, in this order."""
+        same = copy.copy(self)
+        same.matrices, same.scales = [self.matrices[e] for e in experts], [self.scales[e] for e in experts]
+        same.shape = (len(experts), *self.shape[1:])
+        return same
+
     def __len__(self) -> int:
         """E."""
         return len(self.matrices)

@@ -123,6 +123,10 @@ class ExpertWeights:
         """Gate, up [I, H] and down [H, I] of expert `e`: views, no copies."""
         return self.gate_proj[e], self.up_proj[e], self.down_proj[e]
 
+    def some(self, experts: Sequence[int]) -> ExpertWeights:
+        """The layer with these experts alone, in this order: views, no copies."""
+        return ExpertWeights(*(_some(getattr(self, p), experts) for p in PROJECTIONS))
+
     @property
     def stored(self) -> str:
         """The format that the source holds all three in, if a kernel may take it: "fp8", or "" for any other."""
@@ -144,6 +148,11 @@ class ExpertWeights:
 def device_of(stack: Stack) -> torch.device:
     """Where a stack is, without making a matrix where it says it for all."""
     return getattr(stack, "device", None) or stack[0].device
+
+
+def _some(stack: Stack, experts: Sequence[int]) -> Stack:
+    take = getattr(stack, "some", None)  # of a quantised one
+    return take(experts) if take else [stack[e] for e in experts]
 
 
 def _matrix(stack: Stack, e: int) -> tuple[tuple[int, ...], torch.dtype]:

@@ -13,8 +13,8 @@ from ktmoe.backends.kt import extension, formats, kernel, lora, objects, packed
 from ktmoe.backends.kt import sizes as kernel_sizes
 from ktmoe.backends.kt.extension import Host
 from ktmoe.backends.kt.kernel import KernelBackend
-from ktmoe.config import KTConfig
 from ktmoe.gate import contract
+from ktmoe.split.backend import _Part
 from ktmoe.types import Inputs
 from ktmoe.verify.probes import layers
 
@@ -127,8 +127,14 @@ def fitting_parts():
     kernel_sizes.valid_tp = layers.valid_tp = lambda kind, shape, wanted: wanted
 
 
-def configuration():
-    KTConfig.__post_init__ = nothing
+def remapped_ids():
+    real = _Part.__init__
+
+    def unmapped(self, *args):
+        real(self, *args)
+        self._own_ids.clamp_(min=0)  # an expert that is elsewhere is the first one here
+
+    _Part.__init__ = unmapped
 
 
 def hashes():
@@ -227,7 +233,7 @@ GUARDS = {
     16: sound_rows,
     17: most_parts,
     18: fitting_parts,
-    19: configuration,
+    19: remapped_ids,
     20: expert_map,
     21: functools.partial(setting, "lora_dropout", 0.5),
     22: reuse,

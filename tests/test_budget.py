@@ -15,7 +15,7 @@ import transformers
 from typer.testing import CliRunner
 
 import ktmoe
-from ktmoe import KTConfig, KTError, budget, llamafactory, room
+from ktmoe import KTConfig, KTError, budget, devices, llamafactory, room
 from ktmoe.backends import KERNEL_BACKENDS, TABLE, Plan
 from ktmoe.budget import Batch, dry_step, prediction
 from ktmoe.cli import app
@@ -224,14 +224,30 @@ def test_what_is_retained_and_what_checkpointing_saves(folder):
     assert torch_less.activations < torch_kept.activations
 
 
+def a_gpu(monkeypatch, free):
+    monkeypatch.setattr(devices, "accelerator", lambda: torch.device("cuda", 0))
+    monkeypatch.setattr(devices, "free", lambda device: free)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+
+
+def test_experts_on_a_gpu_are_in_its_budget_and_not_in_the_hosts(folder, monkeypatch):
+    a_gpu(monkeypatch, 10**9)
+    whole, split = make(folder), make(folder, keys={"kt_num_gpu_experts": 1})
+    for a, b in zip(whole.ways, split.ways, strict=True):
+        if a.keys["kt_backend"] == "AMXBF16":
+            assert b.size == pytest.approx(a.size * 3 / 4, rel=0.05)  # the backward's shared buffer is one layer's
+    there = 2 * WEIGHTS / 4  # in bf16
+    assert size(split, "1 routed experts of each layer, in bf16") == there
+    assert split.of_device(certain=True) == whole.of_device(certain=True) + there
+    assert split.of_device() > whole.of_device() + there
+
+
 def test_a_gpu_has_a_budget_of_its_own(folder, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (1000, 10**9))
+    a_gpu(monkeypatch, 1000)
     found = make(folder)
-    assert found.free_device == 1000
+    assert (found.free_device, found.device_name) == (1000, "a GPU")
     assert found.best is None
-    assert found.on_device() == sum(part.size for part in found.device)
+    assert found.of_device() == sum(part.size for part in found.device)
     assert found.on_host(found.ways[-1]) == found.ways[-1].size + found.ways[-1].activations + sum(
         part.size for part in found.host
     )

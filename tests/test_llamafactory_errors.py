@@ -144,7 +144,7 @@ def test_misspelt_key_does_not_vanish(train, monkeypatch, allow_extra):
         ("kt_backend", "AMXBF", "Did you mean AMXBF16?"),
         ("kt_num_threads", "sixty", "expected a whole number"),
         ("kt_tp_enabled", "yes please", "expected true or false"),
-        ("kt_num_gpu_experts", 2, "only 0"),
+        ("kt_num_gpu_experts", 2, "torch sees no GPU here"),
         ("kt_weight_path", "packed", "only AMXInt8"),
         ("use_kt", "true", "expected true or false"),
         ("lora_rank", 0, "expects a whole number of at least 1"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 import transformers
 
-from ktmoe import memory
+from ktmoe import devices, memory
 from ktmoe.budget.dry_step import Batch, dry_step, operations
 from ktmoe.checkpoints import stored_format
 from ktmoe.config import KTConfig
 from ktmoe.models import layers_of
 from ktmoe.retained import bytes_per_token
 from ktmoe.room import Way, as_keys, free_memory, split, way_of, ways
+from ktmoe.split import device_bytes, left_on_cpu
 from ktmoe.types import KTError, MoEShape
 
 
@@ -62,6 +63,7 @@ class Budget:
         device_name: where that is.
         ways: how the experts' weights can be held; those that the configuration allows.
         others: those that it does not.
+        on_device: experts of each layer that are on the device.
         free_host: bytes that this machine has for it, swap included.
         free_device: of the device; None where that is the host.
         total_host: memory of this machine, or what a container or batch job grants.
@@ -81,6 +83,7 @@ class Budget:
     free_device: int | None
     total_host: int
     operations: Callable[[], int]
+    on_device: int = 0
 
     def on_host(self, way: Way, *, certain: bool = False) -> int:
         """Bytes of host memory; where there is no device, of everything.
@@ -92,7 +95,7 @@ class Budget:
         parts = self.host if self.free_device is not None else (*self.host, *self.device)
         return way.size + way.activations * (not certain) + sum(p.size for p in parts if p.certain or not certain)
 
-    def on_device(self, *, certain: bool = False) -> int:
+    def of_device(self, *, certain: bool = False) -> int:
         """Bytes of the device's own memory, 0 where there is none."""
         if self.free_device is None:
             return 0
@@ -100,7 +103,7 @@ class Budget:
 
     def fits(self, way: Way, *, certain: bool = False) -> bool:
         """Whether there is as much memory."""
-        if self.free_device is not None and self.on_device(certain=certain) > self.free_device:
+        if self.free_device is not None and self.of_device(certain=certain) > self.free_device:
             return False
         return self.on_host(way, certain=certain) <= self.free_host
 
@@ -147,15 +150,16 @@ def make(
     dry = dry_step(model_config, lora, batch, dtype, bits, trust_remote_code=trust_remote_code)
     if not dry.expert_trainable:  # a backend is built for some rank all the same
         shapes = [replace(shape, rank=1) for shape in shapes]
-    gpu = torch.cuda.is_available() and not on_cpu
+    device = None if on_cpu else devices.accelerator()
     holes = int(_HOLES[batch.checkpointing] * dry.activations)
     retained = config.kt_cpu_activation != "recompute"
     stored = stored_format(model_config)
     called = batch.tokens, batch.checkpointing and not retained
-    mine, others = split(list(ways(shapes, stored, *called)), config, shapes)
+    parts = [left_on_cpu(config, shape) for shape in shapes]
+    mine, others = split(list(ways(parts, stored, *called)), config, parts)
     if not mine:  # none of the listed has the keys: `reference`, or INT8 with a backward copy of each layer's own
         keys = {name: getattr(config, name) for name in ("kt_backend", "kt_share_backward")}
-        mine = [way_of(keys, shapes, *called)]
+        mine = [way_of(keys, parts, *called)]
     kept = sum(bytes_per_token(s, torch.bfloat16) for s in shapes) * batch.tokens + 4 * dry.expert_trainable
     return Budget(
         layers=dict(Counter(shapes)),
@@ -170,16 +174,36 @@ def make(
             Part("everything but the routed experts, frozen", dry.weights),
             Part("its LoRA: fp32, gradients, AdamW's moments", _STATE * dry.trainable),
             Part("its activations at their peak", dry.activations, certain=False),
-            *((Part("what malloc leaves unused between them", holes, certain=False),) if not gpu else ()),
+            *((Part("what malloc leaves unused between them", holes, certain=False),) if device is None else ()),
+            *_experts_there(config, shapes, *called),
         ),
-        device_name=torch.cuda.get_device_name() if gpu else "this CPU",
+        device_name="this CPU" if device is None else _name(device),
         ways=tuple(mine),
         others=tuple(others),
         free_host=free_memory(),
-        free_device=torch.cuda.mem_get_info()[0] if gpu else None,
+        free_device=None if device is None else devices.free(device),
         total_host=memory.total(),
         operations=partial(operations, model_config, lora, batch, dtype, trust_remote_code=trust_remote_code),
+        on_device=config.kt_num_gpu_experts,
     )
+
+
+def _experts_there(config: KTConfig, shapes: Sequence[MoEShape], tokens: int, one_at_a_time: bool) -> tuple[Part, ...]:
+    """What the routed experts on the device take there, each with as many tokens as any other."""
+    n = config.kt_num_gpu_experts
+    if not n:
+        return ()
+    fewer = -(-tokens * n // min(shape.num_experts for shape in shapes))
+    keys = {"kt_backend": "torch", "kt_torch_packing": "off"}
+    way = way_of(keys, [replace(shape, num_experts=n) for shape in shapes], fewer, one_at_a_time)
+    return (
+        Part(f"{n} routed experts of each layer, in bf16", device_bytes(config, shapes)),
+        Part("their activations", way.activations, certain=False),
+    )
+
+
+def _name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
 
 
 def of_model(

@@ -20,7 +20,8 @@ class Prediction:
     """Seconds of a step.
 
     Attributes:
-        experts: in routed experts, forward and backward.
+        experts: in routed experts on the CPU, forward and backward; of those on a device, as if each had as many
+            tokens as any other.
         rest: in the products of everything else, at the rate of dense products here; None where a GPU computes them.
         plan: under which the experts run.
     """
@@ -48,7 +49,7 @@ def predict(budget: Budget) -> Prediction:
         found = speed(config, shape, budget.stored, budget.batch.tokens)
         if found is None:
             raise KTError("--time: the experts could not be measured here.")
-        experts += count * found.experts
+        experts += count * found.experts * (1 - budget.on_device / shape.num_experts)
     assert found is not None
     if budget.batch.checkpointing and not budget.retained:
         experts *= _RECOMPUTED

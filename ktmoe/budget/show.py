@@ -19,6 +19,7 @@ def as_json(budget: Budget, seconds: Prediction | None = None) -> dict[str, Any]
     return {
         "layers": [{**vars(shape), "count": count} for shape, count in budget.layers.items()],
         "batch": vars(budget.batch),
+        "experts_on_device": budget.on_device,
         "host": [vars(part) for part in budget.host],
         "device": [vars(part) for part in budget.device],
         "device_name": budget.device_name,
@@ -46,7 +47,8 @@ def show(budget: Budget, seconds: Prediction | None, to: Console) -> None:
     b = budget.batch
     for shape, count in budget.layers.items():
         line = f"{shape.num_experts} routed experts, {shape.hidden_size} x {shape.intermediate_size}"
-        to.print(f"{count} layers of {line}, {shape.top_k} for each token", highlight=False)
+        there = f", {budget.on_device} of them on {budget.device_name}" if budget.on_device else ""
+        to.print(f"{count} layers of {line}, {shape.top_k} for each token{there}", highlight=False)
     kept = "checkpointing" if b.checkpointing else "no checkpointing"
     to.print(f"a batch of {b.sequences} x {b.length} tokens, {kept}, LoRA of rank {_rank(budget)}", highlight=False)
     where = "host memory" if budget.free_device is None else budget.device_name
@@ -73,7 +75,7 @@ def sentence(budget: Budget) -> str:
     host = f"{gigabytes(budget.on_host(way))} of host memory ({gigabytes(budget.free_host)} free, swap included)"
     if budget.free_device is None:
         return f"at most {host}"
-    device = f"{gigabytes(budget.on_device())} of {budget.device_name} ({gigabytes(budget.free_device)} free)"
+    device = f"{gigabytes(budget.of_device())} of {budget.device_name} ({gigabytes(budget.free_device)} free)"
     return f"at most {host} and {device}"
 
 
@@ -106,7 +108,7 @@ def _lines(budget: Budget) -> list[str]:
     found = [f"this machine: {total} of memory in all, {free} free, swap included"]
     if budget.free_device is not None:
         found.append(
-            f"{budget.device_name}: {gigabytes(budget.on_device())} needed, {gigabytes(budget.free_device)} free"
+            f"{budget.device_name}: {gigabytes(budget.of_device())} needed, {gigabytes(budget.free_device)} free"
         )
     nodes = numa_nodes()
     if len(nodes) > 1 and budget.planned:

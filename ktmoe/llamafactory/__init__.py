@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from ktmoe.budget import Budget
 
 
-__all__ = ["check", "engage", "install", "main", "plan"]
+__all__ = ["calibrate", "check", "engage", "install", "main", "plan"]
 
 _PATIENCE = 10.0  # seconds for an answer that nobody reads any more
 
@@ -121,7 +121,29 @@ def plan(argv: Sequence[str]) -> Budget:
     return budget_of(*_parsed(argv, kt_plan="off"))
 
 
-def _parsed(argv: Sequence[str], **more: str) -> Any:
+def calibrate(path: str, tokens: int) -> tuple[str, dict[str, list[int]]]:
+    """Counts which experts the tokens of a training go to, without training.
+
+    Args:
+        path: of its configuration. Which experts that has on the GPU is left out: the counts may be yet to come.
+        tokens: how many are enough.
+
+    Returns:
+        The model, and E counts for each of its layers, by name.
+
+    Raises:
+        KTError: what would be refused; or a training set that cannot be read.
+    """
+    from ktmoe import calibration
+    from ktmoe.llamafactory.rows import rows
+
+    model_args, data_args, *others = _parsed([path], kt_num_gpu_experts=0, kt_gpu_experts=None)
+    model, trust = model_args.model_name_or_path, model_args.trust_remote_code
+    of_training = rows(model_args, data_args, *others)
+    return model, calibration.calibrate(model, of_training, tokens, data_args.cutoff_len, trust)
+
+
+def _parsed(argv: Sequence[str], **more: Any) -> Any:
     """Model, data, training and fine-tuning arguments, as `ktmoe train` would have them."""
     _, args = _read(argv)
     if not keys.uses_kt(args):
@@ -129,14 +151,14 @@ def _parsed(argv: Sequence[str], **more: str) -> Any:
             "use_kt: is not true in these arguments; this command is for trainings with use_kt: true. Name a "
             "configuration that has it (ktmoe examples lists some), or append use_kt=true."
         )
-    engage(args)
-    install()
-    from llamafactory.hparams import parser
-
     if isinstance(args, Mapping):
         args = {**args, **more}
     else:
         args = [*args, *(f"--{name}={value}" for name, value in more.items())]
+    engage(args)
+    install()
+    from llamafactory.hparams import parser
+
     return parser.get_train_args(args)[:4]
 
 

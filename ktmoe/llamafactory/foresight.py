@@ -61,7 +61,7 @@ def check_budget(model_args: Any, data_args: Any, training_args: Any, finetuning
         needed, free = gigabytes(budget.on_host(least, certain=True)), gigabytes(budget.free_host)
         device = ""
         if budget.free_device is not None:
-            device = f", and {gigabytes(budget.on_device(certain=True))} of {gigabytes(budget.free_device)} of the GPU"
+            device = f", and {gigabytes(budget.of_device(certain=True))} of {gigabytes(budget.free_device)} of the GPU"
         raise KTError(
             f"kt_plan: weights, LoRA and optimizer alone take {needed} of host memory, and {free} are free, swap "
             f"included{device}. {remedy(budget)} kt_plan: off goes on all the same."

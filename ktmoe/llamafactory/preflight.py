@@ -54,9 +54,11 @@ def experts_in_words(model_args: Any, finetuning_args: Any) -> str:
     """Which backends would run the routed experts, and why not the one that was asked for."""
     from ktmoe.models import expert_shapes
     from ktmoe.planning import plan
+    from ktmoe.split import left_on_cpu
 
     shapes = expert_shapes(load_config(model_args), largest_rank(model_args, finetuning_args))
-    plans = [plan(kt_config(model_args), shape) for shape in shapes]
+    config = kt_config(model_args)
+    plans = [plan(config, left_on_cpu(config, shape)) for shape in shapes]
     found = dict.fromkeys(f"{p.backend} ({p.note})" if p.note else p.backend for p in plans)
     return f"Routed experts: {', '.join(found)}."
 

@@ -28,6 +28,7 @@ from ktmoe.notices import say_once
 from ktmoe.planning import for_processes, plan
 from ktmoe.processes import Ranks, Sharing, join
 from ktmoe.room import check_room
+from ktmoe.split import check_device, left_on_cpu, on_device
 from ktmoe.types import ExpertWeights, KTError, MoEShape
 
 
@@ -91,10 +92,10 @@ def attach(
                 raise KTError(
                     f"{name}: its weights are on the meta device. Load the model's weights before attaching."
                 )
-            replaced[name] = MoEExperts(weights[name], top_k=layer.top_k, config=config)
+            replaced[name] = MoEExperts(weights[name], top_k=layer.top_k, config=config, layer=name)
             if ranks is not None:
                 replaced[name].sharing = Sharing(ranks, f"{number}: {name}", position, replaced[name])
-            plan(config, replaced[name].shape(rank or 1), weights[name].stored)
+            plan(config, left_on_cpu(config, replaced[name].shape(rank or 1)), weights[name].stored)
         if rank:  # before the model is touched: a kernel that fails its checks leaves it as it was
             load = functools.partial(_load, replaced, rank, streamed=checkpoint is not None)
             if ranks is None:
@@ -134,6 +135,10 @@ def _settle(
         MoEShape(w.num_experts, w.hidden_size, w.intermediate_size, found[name].top_k, rank)
         for name, w in weights.items()
     ]
+    for name, shape in zip(weights, shapes, strict=True):
+        on_device(config, shape, name)
+    check_device(config, shapes)
+    shapes = [left_on_cpu(config, shape) for shape in shapes]
     formats = {w.stored for w in weights.values()}
     stored = formats.pop() if len(formats) == 1 else ""
 

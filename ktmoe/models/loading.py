@@ -31,6 +31,7 @@ from ktmoe.models.skeleton import auto_class, check_model, experts_in, layers_of
 from ktmoe.planning import plan
 from ktmoe.processes import check_launch
 from ktmoe.room import check_least
+from ktmoe.split import check_device, left_on_cpu
 from ktmoe.types import KTError, MoEShape
 
 
@@ -121,6 +122,8 @@ def _check_memory(
     shapes, others = layers_of(model_config, 1, trust_remote_code=trust)
     on_host = str(from_pretrained.get("device_map")) in ("None", "cpu")
     size = 0.5 if from_pretrained.get("quantization_config") else 2  # bytes of a number, at least
+    check_device(config, shapes)
+    shapes = [left_on_cpu(config, shape) for shape in shapes]
     check_least(config, shapes, stored, rest=int(size * others) if on_host else 0)
 
 
@@ -135,7 +138,7 @@ def check_headers(
     model = make_skeleton(model_config, trust_remote_code)
     for weights in experts_in(model, checkpoint).values():
         e, h, i = weights.num_experts, weights.hidden_size, weights.intermediate_size
-        plan(config, MoEShape(e, h, i, top_k=1, rank=1), weights.stored)
+        plan(config, left_on_cpu(config, MoEShape(e, h, i, top_k=1, rank=1)), weights.stored)
     checkpoint.check_numbers(CheckpointNames(model, ()), dict(model.named_parameters()))
 
 

@@ -16,6 +16,7 @@ from ktmoe.checkpoints import Checkpoint
 from ktmoe.config import KTConfig
 from ktmoe.models.families import Layer, expert_modules, find, names_on_disk
 from ktmoe.planning import plan
+from ktmoe.split import left_on_cpu, on_device
 from ktmoe.types import ExpertWeights, KTError, MoEShape
 
 
@@ -40,8 +41,11 @@ def check_model(
     """
     model = make_skeleton(model_config, trust_remote_code)
     found = find(model)
-    for shape in _shapes(found, r if lora is None else check_lora(lora, model, found)):
-        plan(config, shape)
+    shapes = _shapes(found, r if lora is None else check_lora(lora, model, found))
+    for name, layer in found.items():
+        on_device(config, layer.shape(), name)
+    for shape in shapes:
+        plan(config, left_on_cpu(config, shape))
 
 
 def check_lora(lora: LoraConfig, model: nn.Module, found: Mapping[str, Layer]) -> int:

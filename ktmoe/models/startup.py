@@ -5,12 +5,14 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from ktmoe import devices
 from ktmoe.adapters import LoraExperts
 from ktmoe.backends import TABLE, is_kernel
 from ktmoe.cores import in_words, numa_nodes
 from ktmoe.experts import MoEExperts
 from ktmoe.models.attached import moe_layers
 from ktmoe.retained import bytes_per_token
+from ktmoe.split import device_bytes
 
 
 def summary(model: nn.Module) -> list[str]:
@@ -28,7 +30,8 @@ def summary(model: nn.Module) -> list[str]:
         where += f", {threads}, backward weights {copies}, {checked}"
     fallen = [m for m in layers if m.plan.backend != first.plan.backend]
     others_too = f"; {len(fallen)} layers on {fallen[0].plan.backend}" if fallen else ""
-    size = sum(m.weights.nbytes() for m in layers) / 1e9
+    left = first.num_experts - len(first.on_device)
+    size = sum(m.weights.nbytes() * left / first.num_experts for m in layers) / 1e9
     held = first.weights.stored.upper() or first.weights.dtype
     rest = {p.device.type for n, p in model.named_parameters() if ".experts." not in n}
     expert_ids = {id(p) for m in model.modules() if isinstance(m, (MoEExperts, LoraExperts)) for p in m.parameters()}
@@ -37,12 +40,28 @@ def summary(model: nn.Module) -> list[str]:
     others = sum(p.numel() for p in trainable) - of_experts
     return [
         f"ktmoe: routed experts on {first.plan.backend}: {where}{others_too}",
-        f"ktmoe: {len(layers)} MoE layers x {first.num_experts} experts, {size:.3g} GB of {held} weights in host "
+        f"ktmoe: {len(layers)} MoE layers x {left} experts, {size:.3g} GB of {held} weights in host "
         f"memory; everything else on {', '.join(sorted(rest)) or 'cpu'}",
         f"ktmoe: trainable parameters: {of_experts:,} in expert LoRA, {others:,} elsewhere",
+        *_on_device(layers),
         *_processes(first),
         _activation(layers, 4 * of_experts),
         *_slow_dtype(model),
+    ]
+
+
+def _on_device(layers: list[MoEExperts]) -> list[str]:
+    first = layers[0]
+    n, named = len(first.on_device), first.config.kt_gpu_experts
+    if not n:
+        return []
+    how = "the first ones: ktmoe calibrate finds those with most tokens"
+    if named is not None:
+        how = f"those with most tokens in {named}" if isinstance(named, str) else ", ".join(map(str, named))
+    size = sum(device_bytes(m.config, [m.shape(1)]) for m in layers)
+    return [
+        f"ktmoe: {n} of {first.num_experts} experts of each layer on {devices.accelerator()}, {size / 1e9:.3g} GB in "
+        f"bf16 ({how}); they compute while the CPU computes the others"
     ]
 
 

@@ -106,7 +106,7 @@ class TorchBackend(Backend):
                 grad_x[tokens], grad_w[tokens] = self._backward(rows, chunk, grad, kept, gradients)
             if all_kept:
                 self._forget()
-            return Gradients(grad_x, grad_w, [t.cpu() for t in lora] or None)
+            return Gradients(grad_x, grad_w, [t.to(grad_x.device) for t in lora] or None)
 
     def holds(self, ticket: int) -> bool:
         """See `Backend.holds`."""

@@ -9,10 +9,10 @@ from weakref import WeakSet
 import torch
 from torch import Tensor
 
-from ktmoe import memory
+from ktmoe import devices
 
 
-_SHARE = 0.5  # of the memory that is free at first: what the activations of all layers may take together
+_SHARE = 0.5  # of a device's memory that is free at first: what the activations of all layers may take together
 
 
 class Space:
@@ -43,7 +43,7 @@ class Buffers:
         self._workspaces: dict[tuple[str, torch.device], Space] = {}
         self._spare: list[Space] = []
         self._lent: WeakSet[Space] = WeakSet()
-        self._limit: int | None = None
+        self._limits: dict[torch.device, int] = {}
 
     def join(self, user: object) -> None:
         """`user` computes here until it leaves or is gone."""
@@ -56,7 +56,7 @@ class Buffers:
             if not self._users:
                 self._workspaces.clear()
                 self._spare.clear()
-                self._limit = None
+                self._limits.clear()
 
     def workspace(self, name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
         """Uninitialised; valid until the same name is asked for again. Dtype and device as `like`."""
@@ -68,8 +68,8 @@ class Buffers:
 
     def borrow(self, size: int, device: torch.device) -> Space | None:
         """Room for activations of `size` bytes until `give_back`, or None where the memory does not allow it."""
-        if self._limit is None:
-            self._limit = int(_SHARE * memory.available())
+        if device not in self._limits:
+            self._limits[device] = int(_SHARE * devices.free(device))
         spare = sorted((s for s in self._spare if s.bytes.device == device), key=lambda s: s.size)
         space = next((s for s in spare if s.size >= size), None)
         if space is not None:
@@ -77,7 +77,8 @@ class Buffers:
         else:
             if spare:  # replaced by the larger one, so that sizes that come and go do not add up
                 self._spare.remove(spare[0])
-            if size + sum(s.size for s in (*self._spare, *self._lent)) > self._limit:
+            there = [s.size for s in (*self._spare, *self._lent) if s.bytes.device == device]
+            if size + sum(there) > self._limits[device]:
                 return None
             space = Space(size, device)
         self._lent.add(space)

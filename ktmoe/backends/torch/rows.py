@@ -65,7 +65,7 @@ class Rows:
                 self.total = stop
         pair = torch.argsort(flat, stable=True)[skipped:]  # positions in `flat`, by expert
         row = torch.arange(len(pair), device=flat.device)
-        row += torch.tensor(shift, dtype=torch.int64, device=flat.device)[flat[pair]]
+        row += torch.tensor(shift, dtype=torch.int64).to(flat.device)[flat[pair]]
         self.token = flat.new_zeros(self.total).index_copy_(0, row, pair // k)  # [R]
         self.of_slot = torch.full_like(flat, self.total).index_copy_(0, pair, row).view(tokens, k)  # [T, K]
         self.weights = top_k_weights  # [T, K]

@@ -17,11 +17,12 @@ from ktmoe.config import KTConfig
 from ktmoe.convert import pack
 from ktmoe.experts import MoEExperts
 from ktmoe.gate import contract
+from ktmoe.split import split
 from ktmoe.stored import Stored
 from ktmoe.types import PROJECTIONS, ExpertWeights
 from ktmoe.validation import make_inputs
 from ktmoe.verify import usage
-from ktmoe.verify.probes.trap import SHAPE, drawn, forward, load, refused, trap, wrong
+from ktmoe.verify.probes.trap import SHAPE, drawn, far, forward, load, refused, trap, wrong
 
 
 @trap(17, "five or more parts of tensor parallelism: gradients 46 to 80 % wrong")
@@ -39,10 +40,11 @@ def _odd_parts(name: str) -> list[str]:
 
 
 @trap(19, "experts on the GPU: ignored")
-def _gpu_experts(name: str) -> list[str]:
-    return refused(
-        "kt_num_gpu_experts: 1", "kt_num_gpu_experts", lambda: KTConfig(kt_backend=name, kt_num_gpu_experts=1)
-    )
+def _experts_elsewhere(name: str) -> list[str]:
+    case = drawn(name, replace(SHAPE, num_experts=8))
+    here = replace(case, shape=replace(case.shape, num_experts=4), weights=case.weights.some(range(4, 8)))
+    whole = split(load(name, here), case.weights, range(4), case.shape, torch.device("cpu"))
+    return far(whole, case)
 
 
 @trap(20, "an expert map: LoRA of other experts")

@@ -15,6 +15,7 @@ from ktmoe.backends.kt import KernelBackend
 from ktmoe.config import KTConfig
 from ktmoe.experts import MoEExperts
 from ktmoe.gate import contract
+from ktmoe.interface import Backend
 from ktmoe.types import Gradients, KTError, MoEShape
 from ktmoe.validation import make_inputs
 
@@ -63,10 +64,11 @@ def wrong(backend: KernelBackend, case: contract.Case) -> list[str]:
     return contract.violations(rows, TABLE[backend.name].expected)
 
 
-def far(backend: KernelBackend, case: contract.Case) -> list[str]:
-    """As `wrong`, for a call of which some tokens are computed exactly and others in 8 bits."""
+def far(backend: Backend, case: contract.Case) -> list[str]:
+    """As `wrong`, for a call of which some tokens or experts are computed exactly and others in 8 bits."""
     rows = contract.measure(case, contract.answer(backend, case), contract.specification(case))
-    return contract.violations(rows, contract.DRAWN_INT8 if backend.int8 else TABLE[backend.name].expected)
+    in_8_bits = backend.name == "AMXInt8"
+    return contract.violations(rows, contract.DRAWN_INT8 if in_8_bits else TABLE[backend.name].expected)
 
 
 def forward(backend: KernelBackend, case: contract.Case, save: bool = True) -> Callable[[], Gradients]:
