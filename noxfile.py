@@ -70,6 +70,7 @@ TRAINING = [
         "meeting",
         "processes",
         "hosts",
+        "gpu_session",
     )
 ]
 
@@ -206,12 +207,17 @@ def amx(session: nox.Session) -> None:
 
 @nox.session
 def gpu(session: nox.Session) -> None:
-    """The tests of models on a GPU; without one it says that it did not run, and fails."""
+    """The tests of models on a GPU, then ten minutes of trainings beside stock; without one it says so, and fails.
+
+    Arguments after `--` go to the second, `bench/gpu_session.py`. Table and JSON go to `gpu/`.
+    """
     install_tested_set(session, "tests")
     found = session.run("python", "-c", "import torch; print(torch.cuda.is_available())", silent=True)
     if "True" not in str(found):
         _did_not_run(session, "GPU NOT verified on this host: torch sees none")
     session.run("python", "-m", "pytest", "-m", "gpu", env=ENV)
+    alone = {name: value for name, value in ENV.items() if name != "OMP_NUM_THREADS"}
+    session.run("python", "bench/gpu_session.py", *_without_allowance(session), env=alone)
 
 
 def _did_not_run(session: nox.Session, why: str) -> None:
