@@ -71,6 +71,7 @@ TRAINING = [
         "processes",
         "hosts",
         "gpu_session",
+        "examples",
     )
 ]
 

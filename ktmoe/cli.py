@@ -76,7 +76,7 @@ def examples(
         typer.Argument(help="The one to write into the current folder; without it, the names of all."),
     ] = None,
 ) -> None:
-    """List the example configurations that come with ktmoe, or write one to start from.
+    """List the examples that come with ktmoe, or write one to start from: configurations, scripts for Trainer and TRL.
 
     For example: ktmoe examples qwen3_moe_lora_sft_kt
     """
@@ -86,7 +86,9 @@ def examples(
         if name is None:
             typer.echo("\n".join(shipped.examples()))
         else:
-            typer.echo(f"ktmoe: {shipped.write_example(name)} is written. ktmoe check, then ktmoe train, take it.")
+            written = shipped.write_example(name)
+            next_step = "python runs it" if written.suffix == ".py" else "ktmoe check, then ktmoe train, take it"
+            typer.echo(f"ktmoe: {written} is written. {next_step}.")
 
     run(command)
 
@@ -107,6 +109,7 @@ def plan(
         Optional[bool],  # noqa: UP045
         typer.Option(help="Whether activations are computed again in the backward (yes)."),
     ] = None,
+    processes: Annotated[Optional[int], typer.Option(min=1, help="Of this host (1).")] = None,  # noqa: UP045
     time: Annotated[bool, typer.Option("--time", help="Predict a step's time: measures for some seconds.")] = False,
     trust_remote_code: Annotated[bool, typer.Option(help="Let the model's own code run.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of the tables.")] = False,
@@ -124,6 +127,7 @@ def plan(
 
     options = {"rank": rank, "sequences": sequences, "length": length, "checkpointing": checkpointing}
     given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
+    several: dict[str, Any] = {} if processes is None else {"processes": processes}
 
     def command() -> None:
         if model.endswith((".yaml", ".yml", ".json")):
@@ -132,11 +136,11 @@ def plan(
             with contextlib.redirect_stdout(sys.stderr):  # LLaMA-Factory's log is no part of the answer
                 from ktmoe.llamafactory import plan as of_training
 
-                found = of_training([model, *(arguments or [])])
+                found = of_training([model, *(arguments or [])], processes)
         elif arguments:
             raise KTError(f"{arguments[0]}: keys belong to a configuration; for a model there are --rank and others.")
         else:
-            found = budget.of_model(model, trust_remote_code=trust_remote_code, **given)
+            found = budget.of_model(model, trust_remote_code=trust_remote_code, **given, **several)
         seconds = budget.predict(found) if time else None
         if as_json:
             typer.echo(json.dumps({"model": model, **budget.as_json(found, seconds)}, indent=1))

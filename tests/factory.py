@@ -37,8 +37,8 @@ assert "ktmoe" not in sys.modules
 """
 
 
-def save_model(folder):
-    """Random weights, the experts' large enough that a wrong expert shows in the loss."""
+def save_tokenizer(folder):
+    """Of bytes, and the few words that they make."""
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(), decoders.ByteLevel()
@@ -47,6 +47,12 @@ def save_model(folder):
     tokenizer.train_from_iterator(["the cat sat on the mat"], trainer)
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>")
     fast.save_pretrained(folder)
+    return fast
+
+
+def save_model(folder):
+    """Random weights, the experts' large enough that a wrong expert shows in the loss."""
+    fast = save_tokenizer(folder)
     torch.manual_seed(0)
     config = Qwen3MoeConfig(
         vocab_size=len(fast),

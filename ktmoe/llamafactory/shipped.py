@@ -1,4 +1,4 @@
-"""What comes with ktmoe, for a first run in an empty folder: example configurations, and data sets for them."""
+"""What comes with ktmoe, for a first run in an empty folder: example configurations and scripts, and data sets."""
 
 from __future__ import annotations
 
@@ -27,22 +27,23 @@ def example(path: str) -> Path | None:
 
 
 def examples() -> dict[str, Path]:
-    """The example configurations by name, without their `.yaml`."""
+    """The examples by name: configurations without their `.yaml`, then scripts."""
     folder = next(f for f in _EXAMPLES if f.is_dir())
-    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+    scripts = {path.name: path for path in sorted(folder.glob("*.py"))}
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))} | scripts
 
 
 def write_example(name: str) -> Path:
     """Copies an example into the current folder.
 
     Args:
-        name: one of `examples`, with or without `.yaml`.
+        name: one of `examples`, with or without `.yaml` or `.py`.
 
     Raises:
         KTError: there is no such example, or there is a file of that name already.
     """
     known = examples()
-    source = known.get(name.removesuffix(".yaml"))
+    source = known.get(name.removesuffix(".yaml")) or known.get(f"{name}.py")
     if source is None:
         near = difflib.get_close_matches(name, known, n=3, cutoff=0.3)
         raise KTError(f"NAME: got {name!r}; expected one of {', '.join(near or known)}.")
