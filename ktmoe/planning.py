@@ -18,7 +18,7 @@ _IN_WORDS = {
     "int4": "INT4 with a scale for each group of 32 (Kimi K2's)",
 }
 
-_MAX_LEN = 4096  # tokens of a call of the kernel
+MAX_LEN = 4096  # tokens of a call of the kernel
 
 
 def plan(config: KTConfig, shape: MoEShape, stored: str | None = None) -> Plan:
@@ -47,7 +47,7 @@ def plan(config: KTConfig, shape: MoEShape, stored: str | None = None) -> Plan:
     own = usable_cores(nodes=nodes)
     threads = config.kt_num_threads or (max(1, own - cores_to_leave(own)) if row.is_kernel else None)
     share = config.kt_share_backward != "off"
-    return Plan(chosen, threads, tp, config.kt_max_len or _MAX_LEN, share, config.kt_torch_packing, nodes, reasons)
+    return Plan(chosen, threads, tp, config.kt_max_len or MAX_LEN, share, config.kt_torch_packing, nodes, reasons)
 
 
 def for_processes(config: KTConfig, number: int, shape: MoEShape, stored: str | None = None) -> KTConfig:
@@ -63,7 +63,7 @@ def for_processes(config: KTConfig, number: int, shape: MoEShape, stored: str | 
     """
     if number == 1:
         return config
-    decided = replace(config, kt_max_len=number * (config.kt_max_len or _MAX_LEN))
+    decided = replace(config, kt_max_len=number * (config.kt_max_len or MAX_LEN))
     if config.kt_num_threads or TABLE[plan(config, shape, stored).backend].is_kernel:
         return decided
     return replace(decided, kt_num_threads=usable_cores())

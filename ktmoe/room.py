@@ -10,7 +10,7 @@ import psutil
 from ktmoe import memory
 from ktmoe.backends import TABLE, Memory, Plan, kt
 from ktmoe.config import KTConfig
-from ktmoe.planning import plan
+from ktmoe.planning import MAX_LEN, plan
 from ktmoe.types import KTError, MoEShape
 
 
@@ -25,8 +25,6 @@ WAYS: tuple[Mapping[str, str], ...] = (
     {"kt_backend": "torch", "kt_torch_packing": "forward"},
     {"kt_backend": "torch", "kt_torch_packing": "off"},
 )
-
-_TOKENS = 4096  # of a call of the kernel: kt_max_len's default
 
 
 @dataclass(frozen=True)
@@ -51,7 +49,13 @@ def free_memory() -> int:
     return memory.available() + psutil.swap_memory().free + kt.idle_bytes()
 
 
-def ways(shapes: Sequence[MoEShape], stored: str = "", tokens: int = 0, one_at_a_time: bool = False) -> Iterator[Way]:
+def ways(
+    shapes: Sequence[MoEShape],
+    stored: str = "",
+    tokens: int = 0,
+    one_at_a_time: bool = False,
+    max_len: int = MAX_LEN,
+) -> Iterator[Way]:
     """How the experts can be held, from the fastest way to the smallest.
 
     Args:
@@ -60,17 +64,24 @@ def ways(shapes: Sequence[MoEShape], stored: str = "", tokens: int = 0, one_at_a
         tokens: of a batch.
         one_at_a_time: whether a layer's backward follows its forward before the next layer's, as checkpointing has it
             where forwards are not retained.
+        max_len: tokens of a call of the kernel.
     """
     for keys in WAYS:
         if TABLE[keys["kt_backend"]].stored in ("", stored):
-            yield way_of(keys, shapes, tokens, one_at_a_time)
+            yield way_of(keys, shapes, tokens, one_at_a_time, max_len)
 
 
-def way_of(keys: Mapping[str, str], shapes: Sequence[MoEShape], tokens: int = 0, one_at_a_time: bool = False) -> Way:
+def way_of(
+    keys: Mapping[str, str],
+    shapes: Sequence[MoEShape],
+    tokens: int = 0,
+    one_at_a_time: bool = False,
+    max_len: int = MAX_LEN,
+) -> Way:
     """One way to hold the experts, by its keys; the rest as `ways` takes it."""
     row = TABLE[keys["kt_backend"]]
     share = keys.get("kt_share_backward") == "on"
-    planned = Plan(row.name, None, 1, _TOKENS, share, keys.get("kt_torch_packing", "auto"))
+    planned = Plan(row.name, None, 1, max_len, share, keys.get("kt_torch_packing", "auto"))
     why_not = next((why for shape in set(shapes) if (why := row.refuse_shape(shape))), "") or row.refuse_host()
     called = [row.activations(planned, row.built_for(shape), tokens) for shape in shapes]
     if one_at_a_time and not row.is_kernel:  # an object of the kernel keeps what it has

@@ -20,6 +20,7 @@ from ktmoe.backends import KERNEL_BACKENDS, TABLE, Plan
 from ktmoe.budget import Batch, dry_step, prediction
 from ktmoe.cli import app
 from ktmoe.gate import Speed
+from ktmoe.processes import on_this_host
 from ktmoe.shapes import SHAPES
 
 
@@ -224,6 +225,29 @@ def test_what_is_retained_and_what_checkpointing_saves(folder):
     assert torch_less.activations < torch_kept.activations
 
 
+def test_processes_have_batches_and_lora_of_their_own_and_the_experts_once(folder):
+    one, three = (budget.of_model(folder, 4, 1, 16, processes=n) for n in (1, 3))
+    for name in ("everything but", "its LoRA", "its activations", "LoRA of the routed", "inputs and outputs"):
+        assert size(three, name) == 3 * size(one, name)
+    for a, b in zip(one.ways, three.ways, strict=True):
+        if a.keys["kt_backend"] == "torch":
+            assert b.size == a.size
+            assert b.activations > a.activations
+        else:  # and room for calls with the rows of all
+            assert a.size < b.size < 2 * a.size or a.size == b.size
+
+
+def test_a_launchers_processes_are_counted(folder, monkeypatch):
+    runner = CliRunner().invoke(app, ["plan", folder, "--processes", "2", "--json"])
+    assert json.loads(runner.stdout)["processes"] == 2
+    shown = CliRunner().invoke(app, ["plan", folder, "--processes", "2"]).stdout
+    assert "2 processes on this host, with a batch; one has the experts" in shown
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert on_this_host() == 4
+    monkeypatch.delenv("LOCAL_WORLD_SIZE")
+    assert on_this_host() == 1
+
+
 def a_gpu(monkeypatch, free):
     monkeypatch.setattr(devices, "accelerator", lambda: torch.device("cuda", 0))
     monkeypatch.setattr(devices, "free", lambda device: free)
@@ -388,10 +412,15 @@ def test_a_training_is_planned_before_it_is_loaded(tmp_path, monkeypatch):
     """Wired into what `ktmoe train` and `ktmoe check` parse."""
     factory = pytest.importorskip("factory")
     factory.save_model(tmp_path / "model")
-    monkeypatch.setattr("ktmoe.llamafactory.foresight.make", lambda *args, **kwargs: pytest.fail("was planned"))
+
+    def planned(*args, processes, **kwargs):
+        pytest.fail(f"was planned for {processes}")
+
+    monkeypatch.setattr("ktmoe.llamafactory.foresight.make", planned)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")  # as torchrun sets it
     argv = ["--use_kt", "--kt_backend", "torch", "--stage", "sft", "--do_train", "--dataset", "identity", "--use_cpu"]
     argv += ["--template", "default", "--model_name_or_path", f"{tmp_path}/model", "--output_dir", f"{tmp_path}/out"]
-    with pytest.raises(pytest.fail.Exception, match="was planned"):
+    with pytest.raises(pytest.fail.Exception, match="was planned for 3"):
         llamafactory.check(argv)
     llamafactory.check([*argv, "--kt_plan", "off"])
 

@@ -60,7 +60,13 @@ def text_of(path):
 def declared():
     requires = [Requirement(r) for r in importlib.metadata.requires("ktmoe")]
     dependencies = [r for r in requires if r.marker is None]
-    return dependencies, [r for r in requires if r.marker is not None and r.marker.evaluate({"extra": "dev"})]
+    return dependencies, extra(requires, "dev")
+
+
+def extra(requires, name):
+    """Requirements of an extra alone."""
+    marked = [r for r in requires if r.marker is not None]
+    return [r for r in marked if r.marker.evaluate({"extra": name}) and not r.marker.evaluate({"extra": ""})]
 
 
 def test_installed_version_is_that_of_the_sources():
@@ -90,6 +96,26 @@ def test_tested_set_fulfils_the_dependencies():
     assert names(dependencies) <= names(read_requirements("train"))
     for requirement in dependencies:
         assert requirement.specifier.contains(pins()[canonicalize_name(requirement.name)]), requirement
+
+
+def test_train_extra_is_the_tested_set():
+    """Together with the dependencies; what decides whether adapters are right is pinned, as in requirements/."""
+    requires = [Requirement(r) for r in importlib.metadata.requires("ktmoe")]
+    train, (dependencies, _) = extra(requires, "train"), declared()
+    assert names(train) | names(dependencies) == names(read_requirements("train"))
+    pinned = {canonicalize_name(r.name): str(r.specifier) for r in train if r.specifier}
+    assert pinned == {name: f"=={pins()[name]}" for name in pinned}
+    assert {"transformers", "peft", "trl", "accelerate", "datasets"} <= pinned.keys()
+
+
+def test_the_image_is_made_as_the_page_says():
+    """There is no engine here: its steps are those of docs/install.md, which are run by hand."""
+    steps = " ".join((ROOT / "Dockerfile").read_text(encoding="utf-8").replace("\\\n", " ").split())
+    page = (ROOT / "docs" / "install.md").read_text(encoding="utf-8")
+    first, second = re.findall(r"^pip install .*$", page, re.MULTILINE)[:2]
+    assert first.endswith('".[train]"')
+    assert '-c /ktmoe/requirements/constraints.txt "/ktmoe[train]"' in steps
+    assert second.removeprefix("pip install ") in steps
 
 
 def test_dev_extra_is_what_the_sessions_install():

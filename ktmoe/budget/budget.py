@@ -16,6 +16,7 @@ from ktmoe.budget.dry_step import Batch, dry_step, operations
 from ktmoe.checkpoints import stored_format
 from ktmoe.config import KTConfig
 from ktmoe.models import layers_of
+from ktmoe.planning import MAX_LEN
 from ktmoe.retained import bytes_per_token
 from ktmoe.room import Way, as_keys, free_memory, split, way_of, ways
 from ktmoe.split import device_bytes, left_on_cpu
@@ -64,6 +65,8 @@ class Budget:
         ways: how the experts' weights can be held; those that the configuration allows.
         others: those that it does not.
         on_device: experts of each layer that are on the device.
+        processes: of this host, with batches, LoRA and, where there is one, a device of their own each; the routed
+            experts are there once.
         free_host: bytes that this machine has for it, swap included.
         free_device: of the device; None where that is the host.
         total_host: memory of this machine, or what a container or batch job grants.
@@ -84,6 +87,7 @@ class Budget:
     total_host: int
     operations: Callable[[], int]
     on_device: int = 0
+    processes: int = 1
 
     def on_host(self, way: Way, *, certain: bool = False) -> int:
         """Bytes of host memory; where there is no device, of everything.
@@ -127,6 +131,7 @@ def make(
     dtype: torch.dtype | None = None,
     bits: int | None = None,
     on_cpu: bool = False,
+    processes: int = 1,
     trust_remote_code: bool = False,
 ) -> Budget:
     """From configurations alone.
@@ -139,6 +144,7 @@ def make(
         dtype: of everything but the routed experts; by default the configuration's.
         bits: what bitsandbytes holds it in, if it does.
         on_cpu: whether it stays on the CPU where there is a GPU.
+        processes: that train together on this host.
         trust_remote_code: whether the model's own code may be run.
 
     Raises:
@@ -151,31 +157,33 @@ def make(
     if not dry.expert_trainable:  # a backend is built for some rank all the same
         shapes = [replace(shape, rank=1) for shape in shapes]
     device = None if on_cpu else devices.accelerator()
-    holes = int(_HOLES[batch.checkpointing] * dry.activations)
     retained = config.kt_cpu_activation != "recompute"
     stored = stored_format(model_config)
-    called = batch.tokens, batch.checkpointing and not retained
+    called = processes * batch.tokens, batch.checkpointing and not retained, processes * (config.kt_max_len or MAX_LEN)
+    each = processes if device is None else 1  # of what is on the device, which every process has one of
+    holes = int(_HOLES[batch.checkpointing] * each * dry.activations)
     parts = [left_on_cpu(config, shape) for shape in shapes]
     mine, others = split(list(ways(parts, stored, *called)), config, parts)
     if not mine:  # none of the listed has the keys: `reference`, or INT8 with a backward copy of each layer's own
         keys = {name: getattr(config, name) for name in ("kt_backend", "kt_share_backward")}
         mine = [way_of(keys, parts, *called)]
-    kept = sum(bytes_per_token(s, torch.bfloat16) for s in shapes) * batch.tokens + 4 * dry.expert_trainable
+    of_experts = processes * dry.expert_trainable
+    kept = sum(bytes_per_token(s, torch.bfloat16) for s in shapes) * called[0] + 4 * of_experts
     return Budget(
         layers=dict(Counter(shapes)),
         stored=stored,
         batch=batch,
         retained=retained,
         host=(
-            Part("LoRA of the routed experts: fp32, gradients, AdamW's moments", _STATE * dry.expert_trainable),
+            Part("LoRA of the routed experts: fp32, gradients, AdamW's moments", _STATE * of_experts),
             *((Part("inputs and outputs of the routed experts, retained", kept, certain=False),) if retained else ()),
         ),
         device=(
-            Part("everything but the routed experts, frozen", dry.weights),
-            Part("its LoRA: fp32, gradients, AdamW's moments", _STATE * dry.trainable),
-            Part("its activations at their peak", dry.activations, certain=False),
+            Part("everything but the routed experts, frozen", each * dry.weights),
+            Part("its LoRA: fp32, gradients, AdamW's moments", each * _STATE * dry.trainable),
+            Part("its activations at their peak", each * dry.activations, certain=False),
             *((Part("what malloc leaves unused between them", holes, certain=False),) if device is None else ()),
-            *_experts_there(config, shapes, *called),
+            *_experts_there(config, shapes, *called[:2]),
         ),
         device_name="this CPU" if device is None else _name(device),
         ways=tuple(mine),
@@ -185,6 +193,7 @@ def make(
         total_host=memory.total(),
         operations=partial(operations, model_config, lora, batch, dtype, trust_remote_code=trust_remote_code),
         on_device=config.kt_num_gpu_experts,
+        processes=processes,
     )
 
 
@@ -212,6 +221,7 @@ def of_model(
     sequences: int = 1,
     length: int = 2048,
     checkpointing: bool = True,
+    processes: int = 1,
     *,
     trust_remote_code: bool = False,
 ) -> Budget:
@@ -223,6 +233,7 @@ def of_model(
         sequences: of a batch.
         length: tokens of each.
         checkpointing: whether activations are computed again in the backward.
+        processes: that train together on this host.
         trust_remote_code: whether the model's own code may be run.
 
     Raises:
@@ -232,7 +243,8 @@ def of_model(
 
     lora = LoraConfig(r=rank, target_modules="all-linear", task_type="CAUSAL_LM")
     batch = Batch(sequences, length, checkpointing)
-    return make(_read_config(model, trust_remote_code), lora, batch, trust_remote_code=trust_remote_code)
+    config = _read_config(model, trust_remote_code)
+    return make(config, lora, batch, processes=processes, trust_remote_code=trust_remote_code)
 
 
 def _read_config(model: str, trust_remote_code: bool) -> Any:

@@ -19,6 +19,7 @@ def as_json(budget: Budget, seconds: Prediction | None = None) -> dict[str, Any]
     return {
         "layers": [{**vars(shape), "count": count} for shape, count in budget.layers.items()],
         "batch": vars(budget.batch),
+        "processes": budget.processes,
         "experts_on_device": budget.on_device,
         "host": [vars(part) for part in budget.host],
         "device": [vars(part) for part in budget.device],
@@ -51,6 +52,9 @@ def show(budget: Budget, seconds: Prediction | None, to: Console) -> None:
         to.print(f"{count} layers of {line}, {shape.top_k} for each token{there}", highlight=False)
     kept = "checkpointing" if b.checkpointing else "no checkpointing"
     to.print(f"a batch of {b.sequences} x {b.length} tokens, {kept}, LoRA of rank {_rank(budget)}", highlight=False)
+    if budget.processes > 1:
+        own = "" if budget.free_device is None else " and a device of its own each"
+        to.print(f"{budget.processes} processes on this host, with a batch{own}; one has the experts", highlight=False)
     where = "host memory" if budget.free_device is None else budget.device_name
     to.print(
         _parts("Beside the weights of the routed experts", [("host memory", budget.host), (where, budget.device)])

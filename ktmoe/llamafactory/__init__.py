@@ -107,18 +107,20 @@ def check(argv: Sequence[str]) -> str:
     )
 
 
-def plan(argv: Sequence[str]) -> Budget:
+def plan(argv: Sequence[str], processes: int | None = None) -> Budget:
     """What a training would take, and everything that would be refused before.
 
     Args:
         argv: as `main` takes it.
+        processes: of this host; by default one.
 
     Raises:
         KTError: what would be refused, memory left out.
     """
     from ktmoe.llamafactory.foresight import budget_of
 
-    return budget_of(*_parsed(argv, kt_plan="off"))
+    model_args, data_args, training_args, finetuning_args = _parsed(argv, kt_plan="off")
+    return budget_of(model_args, data_args, training_args, finetuning_args, processes)
 
 
 def calibrate(path: str, tokens: int) -> tuple[str, dict[str, list[int]]]:

@@ -8,11 +8,14 @@ from ktmoe.budget import Batch, Budget, CannotCount, make, remedy, sentence
 from ktmoe.llamafactory import preflight
 from ktmoe.llamafactory.arguments import kt_config
 from ktmoe.llamafactory.logs import logger
+from ktmoe.processes import on_this_host
 from ktmoe.room import gigabytes
 from ktmoe.types import KTError
 
 
-def budget_of(model_args: Any, data_args: Any, training_args: Any, finetuning_args: Any) -> Budget:
+def budget_of(
+    model_args: Any, data_args: Any, training_args: Any, finetuning_args: Any, processes: int | None = None
+) -> Budget:
     """The budget of a training, of batches as long as `cutoff_len` lets them be.
 
     Args:
@@ -20,6 +23,7 @@ def budget_of(model_args: Any, data_args: Any, training_args: Any, finetuning_ar
         data_args: likewise.
         training_args: likewise.
         finetuning_args: likewise.
+        processes: of this host; by default those that a launcher has started.
 
     Raises:
         KTError: a model or an adapter that would be refused.
@@ -39,6 +43,7 @@ def budget_of(model_args: Any, data_args: Any, training_args: Any, finetuning_ar
         dtype=model_args.compute_dtype,
         bits=model_args.quantization_bit,
         on_cpu=training_args.device.type == "cpu",
+        processes=processes or on_this_host(),
     )
 
 

@@ -20,6 +20,12 @@ def number() -> int:
     return int(given) if given.isdigit() else 1
 
 
+def on_this_host() -> int:
+    """How many of them the launcher has started here."""
+    given = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    return int(given) if given.isdigit() else 1
+
+
 def check_sharding() -> None:
     """Refuses ways to divide a model over processes that are not built.
 
