@@ -209,10 +209,13 @@ def prefer(case: Case, folder: Path, device: str, rows: int) -> dict:
     """The same of trl.DPOTrainer. At the first step model and reference are alike: the loss is ln 2."""
     import datasets
     import transformers
-
-    with contextlib.suppress(ImportError):  # trl 0.24's DPOTrainer cannot be imported on transformers 5 without this
-        import llamafactory.extras.packages  # noqa: F401
     import trl
+    import trl.import_utils as trl_utils
+
+    # trl 0.24 reads (False, None), transformers 5's way to say that a package is not there, as that it is.
+    for name, found in list(vars(trl_utils).items()):
+        if name.endswith("_available") and isinstance(found, tuple):
+            setattr(trl_utils, name, found[0])
 
     pairs = [{"prompt": f"the cat {n}", "chosen": " sat on the mat", "rejected": " fell off"} for n in range(64)]
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "model")

@@ -7,20 +7,21 @@ compared with is the same one with its adapter switched off: nothing is loaded t
 """
 
 import argparse
-import contextlib
 
 import datasets
 import peft
 import torch
 import transformers
-
-
-with contextlib.suppress(ImportError):  # trl 0.24's DPOTrainer cannot be imported on transformers 5 without this
-    import llamafactory.extras.packages  # noqa: F401
-
-from trl import DPOConfig, DPOTrainer
+import trl
+import trl.import_utils as trl_utils
 
 import ktmoe
+
+
+# trl 0.24 reads (False, None), transformers 5's way to say that a package is not there, as that it is.
+for name, found in list(vars(trl_utils).items()):
+    if name.endswith("_available") and isinstance(found, tuple):
+        setattr(trl_utils, name, found[0])
 
 
 def main():
@@ -31,7 +32,7 @@ def main():
     parser.add_argument("--steps", type=int, default=100)
     given = parser.parse_args()
 
-    arguments = DPOConfig(
+    arguments = trl.DPOConfig(
         given.out,
         max_steps=given.steps,
         per_device_train_batch_size=2,
@@ -58,7 +59,7 @@ def main():
         data = datasets.load_dataset("json", data_files=given.data, split="train")
     else:
         data = datasets.load_dataset("trl-lib/ultrafeedback_binarized", split="train")
-    trainer = DPOTrainer(
+    trainer = trl.DPOTrainer(
         model,
         args=arguments,
         train_dataset=data,

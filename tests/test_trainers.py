@@ -1,9 +1,8 @@
 """Trainers beside LLaMA-Factory on what `ktmoe.load_model` returns: transformers, TRL, and a loop by hand."""
 
-import contextlib
-
 import pytest
 import torch
+import trl.import_utils as trl_utils
 from accelerate import Accelerator
 from datasets import Dataset
 from factory import save_model
@@ -16,13 +15,15 @@ from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, Trainer, TrainingArguments
 
 
-with contextlib.suppress(ImportError):  # trl 0.24's DPOTrainer cannot be imported on transformers 5 without this
-    import llamafactory.extras.packages  # noqa: F401
+# trl 0.24 reads (False, None), transformers 5's way to say that a package is not there, as that it is.
+for name, found in list(vars(trl_utils).items()):
+    if name.endswith("_available") and isinstance(found, tuple):
+        setattr(trl_utils, name, found[0])
 
-from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer  # noqa: E402
 
-import ktmoe
-from ktmoe import KTConfig, MoEExperts
+import ktmoe  # noqa: E402
+from ktmoe import KTConfig, MoEExperts  # noqa: E402
 
 
 STEPS = 6
