@@ -13,7 +13,7 @@ from ktmoe import devices
 from ktmoe.autograd import run_experts
 from ktmoe.backends import TABLE, Plan, build, is_kernel
 from ktmoe.config import KTConfig
-from ktmoe.gate import bf16_bytes, ensure_verified, probe, settle
+from ktmoe.gate import bf16_bytes, check_on_device, ensure_verified, probe, settle
 from ktmoe.interface import Backend
 from ktmoe.notices import say_once
 from ktmoe.planning import find_packed, plan
@@ -169,8 +169,18 @@ class MoEExperts(nn.Module):
                 backend, self.plan = probe(backend, self.plan, here, self.config)
             device = devices.accelerator()
             if self.on_device and device is not None:
-                backend = split(backend, self.weights, self.on_device, whole, device)
+                backend = self._split(backend, whole, device)
         return backend
+
+    def _split(self, backend: Backend, shape: MoEShape, device: torch.device) -> Backend:
+        """The CPU's backend and the device's, which is checked too, as one."""
+        both = split(backend, self.weights, self.on_device, shape, device)
+        try:
+            check_on_device(both.there, self.weights.some(self.on_device), device, self.config)
+        except BaseException:
+            both.close()
+            raise
+        return both
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Routed experts with the module's own LoRA.

@@ -194,7 +194,8 @@ class Inputs:
     """One call of the experts, validated, as every backend receives it.
 
     Attributes:
-        hidden_states: [T, H] on the CPU, contiguous; bf16 for the torch and kernel backends, fp32 for the reference.
+        hidden_states: [T, H] on the CPU, as all of them (for experts on a device, there), contiguous; bf16 for the
+            torch and kernel backends, fp32 for the reference.
         top_k_index: [T, K] int64, contiguous; what is outside [0, E) is -1 and contributes nothing.
         top_k_weights: [T, K] float32, contiguous.
         lora: the six tensors as the user holds them (fp32 or bf16), or None.

@@ -15,8 +15,9 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
 import ktmoe
-from ktmoe import KTConfig, KTError, MoEExperts, counts, devices, split
+from ktmoe import KernelError, KTConfig, KTError, MoEExperts, counts, devices, split
 from ktmoe.backends.torch.buffers import Buffers
+from ktmoe.backends.torch.lora import ExpertLora
 from ktmoe.gate import contract
 from ktmoe.types import MoEShape
 
@@ -39,7 +40,7 @@ def device(monkeypatch):
 def layer(name, experts, case=None, **keys):
     case = case or draw(name, EIGHT)
     keys = {"kt_num_gpu_experts": len(experts), "kt_gpu_experts": experts or None, **keys}
-    config = KTConfig(kt_backend=name, kt_num_threads=1, kt_verify="off", **keys)
+    config = KTConfig(kt_backend=name, kt_num_threads=1, **{"kt_verify": "off"} | keys)
     made = MoEExperts(case.weights, top_k=case.shape.top_k, config=config)
     return made, made.load(case.shape.rank, case.lora.scaling), case
 
@@ -195,6 +196,35 @@ def test_what_cannot_be_on_the_device_is_refused_before_anything_is_loaded(model
 def test_a_layer_by_itself_takes_a_list(tmp_path):
     counts.write(tmp_path / "counts.json", {"a": [1] * 8})
     refused("takes a list of ids", layer, "torch", [0], kt_gpu_experts=str(tmp_path / "counts.json"))
+
+
+@pytest.mark.parametrize("wrong", ["swapped", "scaled", "a matrix"])
+def test_a_device_that_computes_something_else_is_refused(monkeypatch, wrong):
+    """The load probe, on the experts' own weights."""
+    real = split.backend._copied
+
+    def copied(stack, experts, *args):
+        found = real(stack, experts, *args)
+        if wrong == "swapped":
+            return found.flip(0)
+        if wrong == "scaled":
+            return found * 1.05
+        found[2] = found[1]
+        return found
+
+    monkeypatch.setattr(split.backend, "_copied", copied)
+    with pytest.raises(KernelError, match=r"(?s)kt_num_gpu_experts: experts on cpu do not.*output of expert 2"):
+        layer("torch", SOME, kt_verify="quick")
+    layer("torch", SOME)  # nobody looks
+
+
+def test_a_device_whose_gradients_are_wrong_is_refused(monkeypatch):
+    """The contract, on drawn weights."""
+    real = ExpertLora.add_gradients
+    monkeypatch.setattr("ktmoe.gate.on_device._passed", set())
+    monkeypatch.setattr(ExpertLora, "add_gradients", lambda self, found, weight: real(self, found, weight * 1.1))
+    with pytest.raises(KernelError, match=r"(?s)kt_num_gpu_experts: .*lora_A"):
+        layer("torch", SOME, kt_verify="quick")
 
 
 def test_a_device_that_is_full_says_so(monkeypatch):

@@ -3,6 +3,17 @@
 from ktmoe.gate import contract, distance
 from ktmoe.gate.choice import Speed, bf16_bytes, settle, speed
 from ktmoe.gate.gate import ensure_verified, probe
+from ktmoe.gate.on_device import check_on_device
 
 
-__all__ = ["Speed", "bf16_bytes", "contract", "distance", "ensure_verified", "probe", "settle", "speed"]
+__all__ = [
+    "Speed",
+    "bf16_bytes",
+    "check_on_device",
+    "contract",
+    "distance",
+    "ensure_verified",
+    "probe",
+    "settle",
+    "speed",
+]

@@ -87,6 +87,11 @@ class SplitBackend(Backend):
         self._last = STATELESS, STATELESS, STATELESS  # its number, and the parts' own tickets
 
     @property
+    def there(self) -> Backend:
+        """The device's."""
+        return self._device.backend
+
+    @property
     def built_for(self) -> MoEShape:
         """See `Backend.built_for`."""
         return replace(self.shape, rank=self._cpu.backend.built_for.rank)
@@ -149,7 +154,7 @@ class SplitBackend(Backend):
 
 def split(
     cpu: Backend, weights: ExpertWeights, experts: Sequence[int], shape: MoEShape, where: torch.device
-) -> Backend:
+) -> SplitBackend:
     """Copies experts to the device and puts their backend beside the CPU's.
 
     Args:
