@@ -22,7 +22,8 @@ from ktmoe.shapes import SHAPES
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
 pytestmark = pytest.mark.skipif(not DOCS.is_dir(), reason="an sdist without docs")
-PAGES = sorted(p.relative_to(ROOT).as_posix() for p in (*ROOT.glob("*.md"), *DOCS.glob("*.md")))
+PAGES = sorted(p.relative_to(ROOT).as_posix() for folder in (ROOT, DOCS, DOCS / "zh") for p in folder.glob("*.md"))
+TRANSLATED = sorted(p.name for p in (DOCS / "zh").glob("*.md") if p.name != "index.md")
 each_page = pytest.mark.parametrize("page", PAGES)
 FORWARDED = {"train", "check", "chat", "export"}  # their arguments are LLaMA-Factory's
 
@@ -75,10 +76,13 @@ def anchors(page):
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in own}
 
 
-def test_every_page_is_in_one_toctree():
-    listed = re.findall(r"```\{toctree\}\n(?::.*\n)*\n((?:.+\n)+)```", (DOCS / "index.md").read_text())
-    names = [name for tree in listed for name in tree.split()]
-    assert sorted([*names, "index"]) == sorted(p.stem for p in DOCS.glob("*.md"))
+@pytest.mark.parametrize("folder", [DOCS, DOCS / "zh"], ids=["docs", "zh"])
+def test_every_page_is_in_one_toctree(folder):
+    listed = re.findall(
+        r"```\{toctree\}\n(?::.*\n)*\n((?:.+\n)+)```", (folder / "index.md").read_text(encoding="utf-8")
+    )
+    names = [name for tree in listed for name in tree.split() if "/" not in name]
+    assert sorted([*names, "index"]) == sorted(p.stem for p in folder.glob("*.md"))
 
 
 @each_page
@@ -205,3 +209,18 @@ def test_a_quoted_message_is_one_of_the_code_s(title):
     pattern = ".*".join(map(re.escape, title.removesuffix(".").split("…")))
     assert len(title.replace("…", "")) > 12
     assert any(re.match(pattern, message, re.DOTALL) for message in messages()), title
+
+
+@pytest.mark.parametrize("name", TRANSLATED)
+def test_a_translated_page_is_the_same_page(name):
+    """Its code, keys, sections and figures; a sentence that is added to one of them has to be added to the other."""
+    page, translated = f"docs/{name}", f"docs/zh/{name}"
+    assert [t.content for t in parsed(page) if t.type == "fence"] == [
+        t.content for t in parsed(translated) if t.type == "fence"
+    ]
+    assert len(headings(page, 2)) == len(headings(translated, 2)) > 0
+    for (title, source), (other, theirs) in zip(sections(page).items(), sections(translated).items(), strict=True):
+        mine, yours = (sorted(set(re.findall(r"`([^`\n]+)`", part))) for part in (source, theirs))
+        assert mine == yours, (title, other)
+        figures = [sorted(set(re.findall(r"\d[\d.,]*\d|\d", part))) for part in (source, theirs)]
+        assert not set(figures[1]) - set(figures[0]), (title, other)
