@@ -173,6 +173,7 @@ def calibrate(
     def command() -> None:
         from ktmoe import calibration, counts
 
+        counts.check_place(out)
         name, of_configuration = model, model.endswith((".yaml", ".yml", ".json"))
         if of_configuration and data is None:
             from ktmoe.llamafactory import calibrate as of_training

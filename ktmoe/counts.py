@@ -13,6 +13,19 @@ from ktmoe.errors import KTError
 _KEY = "tokens_per_expert"
 
 
+def check_place(path: str | os.PathLike[str]) -> None:
+    """Refuses a file that could not be written, before minutes are spent on what goes into it.
+
+    Raises:
+        KTError: says what is in the way.
+    """
+    there = Path(path)
+    if there.is_dir():
+        raise KTError(f"--out: {there} is a folder; expected the file to write.")
+    if not os.access(there.parent, os.W_OK) or not there.parent.is_dir():
+        raise KTError(f"--out: {there} cannot be written: {there.parent} is no folder that can be written into.")
+
+
 def write(path: str | os.PathLike[str], layers: Mapping[str, Sequence[int]], **about: object) -> None:
     """Writes counts.
 

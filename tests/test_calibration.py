@@ -133,6 +133,15 @@ def test_what_cannot_be_counted(model, tmp_path, data, says):
     assert not (tmp_path / "counts.json").exists()
 
 
+def test_a_place_that_cannot_be_written_is_refused_first(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(calibration.counting, "load_model", None)
+    data = write(tmp_path / "data.jsonl", [{"text": "the cat"}])
+    for out, says in ((tmp_path / "none" / "f.json", "is no folder"), (tmp_path, "is a folder")):
+        done = run(model, data, "--out", out)
+        assert done.exit_code == 2
+        assert says in " ".join(done.output.split()), done.output
+
+
 def test_shares():
     assert calibration.in_words({"a": [1, 7, 2, 0], "b": [5, 5, 0, 0]}, "f").startswith(
         "ktmoe: f: of 4 experts in each of 2 layers, the most used 1 have 60%, 2 have 95% of the tokens."
