@@ -138,6 +138,10 @@ class Backend(ABC):
         """
         return ticket == STATELESS
 
+    def rows(self, inputs: Inputs) -> int:
+        """How many rows of experts the CPU computes in such a call."""
+        return inputs.top_k_index.numel()
+
     def condemn(self) -> None:
         """Closes a backend that computed something wrong; nothing of it is used again."""
         self.close()

@@ -22,7 +22,7 @@ class Record:
         retained: forwards that were answered from what was kept.
         recomputed: seconds of forwards within a backward pass, which gradient checkpointing runs.
         backward: seconds.
-        operations: of the products with frozen weights, without LoRA: 6 x rows x H x I for each forward that was
+        operations: of the CPU's products with frozen weights, without LoRA: 6 x rows x H x I for each forward that was
             computed and each backward.
         tokens: of each layer, by its number: [E], how many rows each expert has had a backward for.
         trained: of each layer: how many tokens it has had a backward for.
@@ -50,12 +50,12 @@ def into(record: Record) -> Iterator[None]:
         _listening.remove(record)
 
 
-def forwarded(start: float, inputs: Inputs, shape: MoEShape, *, computed: bool) -> None:
+def forwarded(start: float, rows: int, shape: MoEShape, *, computed: bool) -> None:
     """A forward has ended.
 
     Args:
         start: when it began, by `time.perf_counter`.
-        inputs: of the call.
+        rows: that the CPU computed.
         shape: of the layer.
         computed: not answered from what was kept.
     """
@@ -69,31 +69,32 @@ def forwarded(start: float, inputs: Inputs, shape: MoEShape, *, computed: bool) 
         else:
             record.forward += seconds
         if computed:
-            record.operations += _operations(inputs, shape)
+            record.operations += _operations(rows, shape)
         else:
             record.retained += 1
 
 
-def trained(start: float, layer: int, inputs: Inputs, shape: MoEShape) -> None:
+def trained(start: float, layer: int, inputs: Inputs, rows: int, shape: MoEShape) -> None:
     """A backward has ended.
 
     Args:
         start: when it began, by `time.perf_counter`.
         layer: whose; any number of its own.
         inputs: of the call.
+        rows: that the CPU computed.
         shape: of the layer.
     """
     if not _listening:
         return
     seconds = time.perf_counter() - start
     index = inputs.top_k_index  # [T, K]
-    rows = index[index >= 0].bincount(minlength=shape.num_experts)  # [E]
+    tokens = index[index >= 0].bincount(minlength=shape.num_experts)  # [E]
     for record in _listening:
         record.backward += seconds
-        record.operations += _operations(inputs, shape)
-        record.tokens[layer] = record.tokens[layer] + rows if layer in record.tokens else rows
+        record.operations += _operations(rows, shape)
+        record.tokens[layer] = record.tokens[layer] + tokens if layer in record.tokens else tokens
         record.trained[layer] = record.trained.get(layer, 0) + len(index)
 
 
-def _operations(inputs: Inputs, shape: MoEShape) -> float:
-    return 6.0 * inputs.top_k_index.numel() * shape.hidden_size * shape.intermediate_size
+def _operations(rows: int, shape: MoEShape) -> float:
+    return 6.0 * rows * shape.hidden_size * shape.intermediate_size

@@ -81,14 +81,14 @@ class RetainedForwards(Backend):
             if save and kept is not None and self.backend.holds(kept.ticket):
                 if self._same(kept, inputs):
                     self._kept = kept
-                    recording.forwarded(start, inputs, self.shape, computed=False)
+                    recording.forwarded(start, self.backend.rows(inputs), self.shape, computed=False)
                     return kept.output.clone(), kept.ticket  # the caller may write into its own
                 _announce_other_routing(kept, inputs)
             self._waiting += save
             out, ticket = self.backend.forward(inputs, save=save)
             if save and self._room(inputs):
                 self._keep(inputs, out, ticket)
-            recording.forwarded(start, inputs, self.shape, computed=True)
+            recording.forwarded(start, self.backend.rows(inputs), self.shape, computed=True)
             return out, ticket
 
     def backward(self, ticket: int, inputs: Inputs, grad_output: Tensor) -> Gradients:
@@ -98,7 +98,7 @@ class RetainedForwards(Backend):
             self._kept, self._waiting = None, 0
             WATCH.look()
             grads = self.backend.backward(ticket, inputs, grad_output)
-            recording.trained(start, id(self), inputs, self.shape)
+            recording.trained(start, id(self), inputs, self.backend.rows(inputs), self.shape)
             return grads
 
     def holds(self, ticket: int) -> bool:

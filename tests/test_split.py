@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
 import ktmoe
-from ktmoe import KernelError, KTConfig, KTError, MoEExperts, counts, devices, split
+from ktmoe import KernelError, KTConfig, KTError, MoEExperts, counts, devices, recording, split
 from ktmoe.backends.torch.buffers import Buffers
 from ktmoe.backends.torch.lora import ExpertLora
 from ktmoe.gate import contract
@@ -118,6 +118,17 @@ def test_a_recompute_is_answered_from_what_was_kept(use_reentrant):
     x, index, w = call(made, 10)
     checkpoint(made, x, index, w, use_reentrant=use_reentrant).sum().backward()
     assert len(ran) == 2  # one forward of each part
+
+
+def test_what_the_cpu_computed_is_what_its_own_rows_take():
+    """The training log compares the CPU's rate with what this machine can do."""
+    made, *_ = layer("torch", SOME)
+    x, index, w = call(made, 10)
+    on_cpu = int(torch.isin(index, torch.tensor([0, 2, 5, 7])).sum())
+    with recording.into(record := recording.Record()):
+        made(x, index, w).sum().backward()
+    assert record.operations == 2 * 6 * on_cpu * EIGHT.hidden_size * EIGHT.intermediate_size > 0
+    assert sum(t.sum() for t in record.tokens.values()) == index.numel()
 
 
 @pytest.fixture(scope="module")

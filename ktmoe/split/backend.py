@@ -46,6 +46,10 @@ class _Part:
         x = self._here(whole.hidden_states).to(dtype)
         return Inputs(x, self._here(index), self._here(whole.top_k_weights), lora)
 
+    def rows(self, whole: Inputs) -> int:
+        """How many of a call's rows are of these experts."""
+        return int((self._own_ids[whole.top_k_index] >= 0).sum())
+
     def grad(self, grad_output: Tensor) -> Tensor:
         """The output gradient where this part computes."""
         return self._here(grad_output).to(self.backend.compute_dtype)
@@ -128,6 +132,10 @@ class SplitBackend(Backend):
         if ticket != number:
             return ticket == STATELESS
         return self._cpu.backend.holds(mine) and self._device.backend.holds(queued)
+
+    def rows(self, inputs: Inputs) -> int:
+        """See `Backend.rows`."""
+        return self._cpu.rows(inputs)
 
     def close(self) -> None:
         """See `Backend.close`."""
