@@ -7,6 +7,7 @@ what they need. pip rather than uv, so that a user's own pip configuration (mirr
 from __future__ import annotations
 
 import runpy
+import shutil
 import sys
 import zipfile
 from pathlib import Path
@@ -219,6 +220,16 @@ def gpu(session: nox.Session) -> None:
     session.run("python", "-m", "pytest", "-m", "gpu", env=ENV)
     alone = {name: value for name, value in ENV.items() if name != "OMP_NUM_THREADS"}
     session.run("python", "bench/gpu_session.py", *_without_allowance(session), env=alone)
+
+
+@nox.session
+def webui(session: nox.Session) -> None:
+    """Trains from LLaMA-Factory's page in headless Chromium; without one it says that it did not run, and fails."""
+    if shutil.which("chromium") is None or shutil.which("chromedriver") is None:
+        _did_not_run(session, "the page NOT tried on this host: chromium and chromedriver are not installed")
+    install_tested_set(session, "tests")
+    session.install("gradio>=4.38,<=5.50", "selenium")  # wants older pandas, pillow and pydantic than the tested ones
+    session.run("python", "-m", "pytest", "-m", "slow or not slow", "tests/test_webui.py", env=ENV)
 
 
 def _did_not_run(session: nox.Session, why: str) -> None:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from ktmoe.budget import Budget
 
 
-__all__ = ["calibrate", "check", "engage", "install", "main", "plan"]
+__all__ = ["calibrate", "check", "engage", "install", "main", "plan", "serve_page"]
 
 _PATIENCE = 10.0  # seconds for an answer that nobody reads any more
 
@@ -143,6 +143,13 @@ def calibrate(path: str, tokens: int) -> tuple[str, dict[str, list[int]]]:
     model, trust = model_args.model_name_or_path, model_args.trust_remote_code
     of_training = rows(model_args, data_args, *others)
     return model, calibration.calibrate(model, of_training, tokens, data_args.cutoff_len, trust)
+
+
+def serve_page() -> None:
+    """Serves LLaMA-Factory's page. See `ktmoe.llamafactory.webui`."""
+    from ktmoe.llamafactory.webui import serve
+
+    serve()
 
 
 def _parsed(argv: Sequence[str], **more: Any) -> Any:
