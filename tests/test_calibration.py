@@ -117,6 +117,7 @@ def test_a_training_of_llama_factory(tmp_path, monkeypatch):
         (None, "DATA: a configuration names its own"),
         ("none.jsonl", "DATA: .*none.jsonl: cannot be read"),
         ("data.doc", "expected one of .json"),
+        ("broken.jsonl", "DATA: .*broken.jsonl: cannot be read"),
         ("empty.jsonl", "DATA: "),
         ("odd.jsonl", "a row has the columns a, b; expected text"),
         ("talk.jsonl", "has no chat template"),
@@ -124,6 +125,7 @@ def test_a_training_of_llama_factory(tmp_path, monkeypatch):
 )
 def test_what_cannot_be_counted(model, tmp_path, data, says):
     (tmp_path / "data.doc").write_text("x")
+    (tmp_path / "broken.jsonl").write_text('{"text": "the cat"}\n{"text": ')
     write(tmp_path / "empty.jsonl", [{"text": ""}])
     write(tmp_path / "odd.jsonl", [{"a": 1, "b": 2}])
     write(tmp_path / "talk.jsonl", [{"messages": TALK}])

@@ -25,18 +25,22 @@ def rows_of(data: str, tokenizer: Any) -> Iterator[list[int]]:
     Raises:
         KTError: no such file or set, rows in a form that is not known, or conversations without a chat template.
     """
-    from datasets import load_dataset
-
     path = Path(data)
     reader = _READERS.get(path.suffix)
     if path.exists() and reader is None:
         raise KTError(f"DATA: {data}: expected one of {', '.join(_READERS)}, or the name of a data set on the hub.")
+    for row in _read(data, {"path": reader, "data_files": data} if reader else {"path": data}):
+        yield _ids(row, tokenizer)
+
+
+def _read(data: str, named: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    from datasets import load_dataset
+
     try:
-        found = load_dataset(reader, data_files=data, split="train") if reader else load_dataset(data, split="train")
+        # Streaming: a large set is neither downloaded nor converted for the part of it that is read.
+        yield from load_dataset(**named, split="train", streaming=True)
     except Exception as error:  # of many kinds: files, formats, the hub
         raise KTError(f"DATA: {data}: cannot be read ({' '.join(str(error).split())[:300]}).") from error
-    for row in found:
-        yield _ids(row, tokenizer)
 
 
 def _ids(row: Mapping[str, Any], tokenizer: Any) -> list[int]:
