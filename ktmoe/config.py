@@ -58,7 +58,7 @@ class KTConfig:
     """How the routed experts run. Every field is a key of a LLaMA-Factory YAML under the same name.
 
     Raises:
-        KTError: a value that is unknown, of the wrong type, out of range, or of a feature that is not built yet.
+        KTError: a value that is unknown, of the wrong type, out of range, or that does not go with another key.
 
     Examples:
         >>> config = ktmoe.KTConfig(kt_backend="amxint8", kt_num_threads=16)

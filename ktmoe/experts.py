@@ -174,9 +174,16 @@ class MoEExperts(nn.Module):
 
     def _split(self, backend: Backend, shape: MoEShape, device: torch.device) -> Backend:
         """The CPU's backend and the device's, which is checked too, as one."""
-        both = split(backend, self.weights, self.on_device, shape, device)
+        both: Any = backend
         try:
+            both = split(backend, self.weights, self.on_device, shape, device)
             check_on_device(both.there, self.weights.some(self.on_device), device, self.config)
+        except torch.cuda.OutOfMemoryError as error:
+            both.close()
+            raise KTError(
+                f"kt_num_gpu_experts: got {len(self.on_device)}; {device} has not the memory for so many of each "
+                f"layer ({error}). Write a smaller number."
+            ) from error
         except BaseException:
             both.close()
             raise

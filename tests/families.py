@@ -42,6 +42,15 @@ _MROPE = {"rope_type": "default", "mrope_section": [8, 4, 4], "mrope_interleaved
 _ROPE = {"rope_parameters": {"rope_theta": 10000.0, **_MROPE}} if VERSION >= (5, 0) else {"rope_scaling": _MROPE}
 
 
+OF_EXAMPLES = {  # an example's family, by the first letters of its name
+    "deepseek_v2": "DeepSeek-V2",
+    "deepseek_v3": "DeepSeek-V3",
+    "mixtral": "Mixtral",
+    "qwen2": "Qwen2-MoE",
+    "qwen3": "Qwen3-MoE",
+}
+
+
 @dataclass(frozen=True)
 class Family:
     """One row.
@@ -210,6 +219,11 @@ def row(family: str) -> Family:
     if not hasattr(transformers, found.config):
         pytest.skip(f"{family}: transformers {transformers.__version__} does not have {found.config}")
     return found
+
+
+def of_example(name: str) -> str:
+    """The family of an example's model."""
+    return next(family for start, family in OF_EXAMPLES.items() if name.startswith(start))
 
 
 def config(family: str, **changes: Any) -> Any:

@@ -433,6 +433,11 @@ def test_a_step_is_predicted_from_what_was_measured(folder, monkeypatch):
     predicted = budget.predict(found)
     assert predicted.experts == 2 * 0.5
     assert predicted.rest == found.operations() / 1e9 > 0
+    monkeypatch.setattr(prediction, "speed", lambda config, shape, stored, tokens: Speed(plan, tokens / 16, 1e9))
+    one, three = (budget.of_model(folder, 4, 1, 16, processes=n) for n in (1, 3))
+    assert budget.predict(three).experts == 3 * budget.predict(one).experts == 3 * 2
+    assert budget.predict(three).rest == 3 * budget.predict(one).rest
+    monkeypatch.setattr(prediction, "speed", lambda config, shape, stored, tokens: Speed(plan, 0.5, 1e9))
     recomputed = make(folder, keys={"kt_cpu_activation": "recompute"})
     assert budget.predict(recomputed).experts == 1.5 * 2 * 0.5
 

@@ -118,12 +118,13 @@ def test_a_training_of_llama_factory(tmp_path, monkeypatch):
         ("none.jsonl", "DATA: .*none.jsonl: cannot be read"),
         ("data.doc", "expected one of .json"),
         ("broken.jsonl", "DATA: .*broken.jsonl: cannot be read"),
-        ("empty.jsonl", "DATA: "),
+        ("empty.jsonl", "DATA: there is not one token in it"),
         ("odd.jsonl", "a row has the columns a, b; expected text"),
         ("talk.jsonl", "has no chat template"),
     ],
 )
-def test_what_cannot_be_counted(model, tmp_path, data, says):
+def test_what_cannot_be_counted_is_refused_before_the_model_is_loaded(model, tmp_path, monkeypatch, data, says):
+    monkeypatch.setattr(calibration.counting, "load_model", None)
     (tmp_path / "data.doc").write_text("x")
     (tmp_path / "broken.jsonl").write_text('{"text": "the cat"}\n{"text": ')
     write(tmp_path / "empty.jsonl", [{"text": ""}])

@@ -14,13 +14,6 @@ from safetensors import safe_open
 from ktmoe.llamafactory import shipped
 
 
-FAMILY = {  # of an example's model, by the first letters of its name
-    "deepseek_v2": "DeepSeek-V2",
-    "deepseek_v3": "DeepSeek-V3",
-    "mixtral": "Mixtral",
-    "qwen2": "Qwen2-MoE",
-    "qwen3": "Qwen3-MoE",
-}
 CHAT = [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "sat on the mat"}]
 ROWS = {
     "trainer_sft.py": "the cat sat on the mat\n",
@@ -63,7 +56,7 @@ def expert_lora(adapter):
 
 def test_all_examples_are_tried():
     assert set(ROWS) < set(shipped.examples())
-    assert {name for name in CONFIGURATIONS for start in FAMILY if name.startswith(start)} == set(CONFIGURATIONS)
+    assert {families.of_example(name) for name in CONFIGURATIONS} == set(families.OF_EXAMPLES.values())
 
 
 @pytest.mark.parametrize(
@@ -73,7 +66,7 @@ def test_a_configuration_trains(tmp_path, name):
     """`ktmoe train examples/NAME.yaml`; only the model is another one, and torch computes its experts."""
     here, model = tmp_path / "empty", tmp_path / "of family"
     here.mkdir()
-    save(model, next(full for start, full in FAMILY.items() if name.startswith(start)))
+    save(model, families.of_example(name))
     more = {"model_name_or_path": model, "kt_backend": "torch", "use_cpu": "true", "output_dir": "out", "max_steps": 2}
     given = [f"{key}={value}" for key, value in more.items()]
     done = run(here, "-m", "ktmoe.cli", "train", f"examples/{name}.yaml", *given)

@@ -575,15 +575,6 @@ def test_data_that_come_with_ktmoe(train, tmp_path, monkeypatch, stage, name):
     assert "There are: mine." in refused(train, dataset=name, dataset_dir="data")  # a folder of the user's own wins
 
 
-FAMILY = {  # of an example's model, by the first letters of its name
-    "deepseek_v2": "DeepSeek-V2",
-    "deepseek_v3": "DeepSeek-V3",
-    "mixtral": "Mixtral",
-    "qwen2": "Qwen2-MoE",
-    "qwen3": "Qwen3-MoE",
-}
-
-
 @pytest.mark.parametrize("name", [n for n in shipped.examples() if not n.endswith(".py")])
 def test_examples_run_in_an_empty_folder(train, tmp_path, monkeypatch, capsys, name):
     """As the README has the command, for who has the package alone; each with a small model of its family."""
@@ -591,7 +582,7 @@ def test_examples_run_in_an_empty_folder(train, tmp_path, monkeypatch, capsys, n
 
     (tmp_path / "empty").mkdir()
     monkeypatch.chdir(tmp_path / "empty")
-    family = next(full for start, full in FAMILY.items() if name.startswith(start))
+    family = families.of_example(name)
     families.config(family).save_pretrained(tmp_path / "of family")
     argv = [
         f"examples/{name}.yaml",

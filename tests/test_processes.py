@@ -149,12 +149,13 @@ def test_a_run_of_two_goes_on_with_another_number(runs, ranks):
 
 # Two ranks and DDP by hand; `step` runs on each, `check` what came of it on the first.
 BY_HAND = """
-import contextlib, os, peft, torch, ktmoe, torch.distributed as dist
+import contextlib, os, peft, torch, ktmoe.devices, torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 dist.init_process_group("gloo")
 rank = dist.get_rank()
 torch.manual_seed(rank)
-config = ktmoe.KTConfig(kt_backend="reference")
+ktmoe.devices.accelerator = lambda: torch.device("cpu")  # for experts on a device
+config = ktmoe.KTConfig(kt_backend="reference", kt_num_gpu_experts={elsewhere})
 lora = peft.LoraConfig(r=4, target_modules=["q_proj", "experts"])
 model = ktmoe.load_model({model!r}, config, lora=lora, dtype=torch.float32)
 wrapped = DistributedDataParallel(model)
@@ -172,14 +173,18 @@ def grads():
 """
 
 
-def by_hand(folder, code, ranks=2):
-    done = run_ranks(BY_HAND.format(model=str(folder / "model")) + code, ranks)
+def by_hand(folder, code, ranks=2, elsewhere=0):
+    done = run_ranks(BY_HAND.format(model=str(folder / "model"), elsewhere=elsewhere) + code, ranks)
     assert [d.returncode for d in done] == [0] * ranks, "\n".join(d.stderr[-3000:] for d in done)
     return done
 
 
-def test_uneven_accumulation_and_evaluation_by_one_rank(folder):
-    """What DDP allows: batches of other sizes, other numbers of them before a step, and forwards of one rank alone."""
+@pytest.mark.parametrize("elsewhere", [0, 2])
+def test_uneven_accumulation_and_evaluation_by_one_rank(folder, elsewhere):
+    """What DDP allows: batches of other sizes, other numbers of them before a step, and forwards of one rank alone.
+
+    With experts on a device too: their owner's.
+    """
     by_hand(
         folder,
         """
@@ -214,6 +219,7 @@ if rank == 0:  # the same by one process: the model without its wrapper, nobody 
             torch.testing.assert_close(p.grad, mine[name], rtol=1e-4, atol=1e-6, msg=name)
 dist.barrier()
 """,
+        elsewhere=elsewhere,
     )
 
 
@@ -234,7 +240,7 @@ if rank == 1:
     )
     assert "computed" in done[1].stdout
     first, second = run_ranks(
-        BY_HAND.format(model=str(folder / "model"))
+        BY_HAND.format(model=str(folder / "model"), elsewhere=0)
         + """
 loss(1, rank).backward()
 if rank == 0:

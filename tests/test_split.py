@@ -238,13 +238,14 @@ def test_a_device_whose_gradients_are_wrong_is_refused(monkeypatch):
         layer("torch", SOME, kt_verify="quick")
 
 
-def test_a_device_that_is_full_says_so(monkeypatch):
-    """It may be, although it was not when the model was looked at."""
+@pytest.mark.parametrize("where", ["ktmoe.split.backend._copied", "ktmoe.experts.check_on_device"])
+def test_a_device_that_is_full_says_so(monkeypatch, where):
+    """It may be, although it was not when the model was looked at: for the experts, or while they are checked."""
 
     def full(*args, **keys):
         raise torch.cuda.OutOfMemoryError("tried to allocate")
 
-    monkeypatch.setattr(split.backend, "_copied", full)
+    monkeypatch.setattr(where, full)
     refused("kt_num_gpu_experts: got 4; cpu has not the memory", layer, "torch", SOME)
 
 
@@ -259,7 +260,7 @@ def test_activations_on_a_device_have_a_limit_of_their_own(monkeypatch):
 def test_no_tensor_of_the_cpu_meets_one_of_the_device():
     """A whole model on a device of its own, its experts on both: losses as with all on the CPU."""
     script = textwrap.dedent("""
-        import peft, torch
+        import peft, torch, transformers
         from second_device import DEVICE, There
         from transformers import AutoModelForCausalLM
         import ktmoe
@@ -315,7 +316,8 @@ def test_no_tensor_of_the_cpu_meets_one_of_the_device():
         for backend, near in close.items():
             expected = losses(backend, False, "cpu")
             assert expected[2] < expected[0] - 0.01
-            for where in ("cpu", DEVICE):
+            # transformers 4 makes its masks with vmap, which this device cannot: there only the experts are on it.
+            for where in ("cpu", DEVICE)[: 2 if transformers.__version__ >= "5" else 1]:
                 got = losses(backend, True, where)
                 print(backend, where, expected, got)
                 assert all(abs(a - b) < near * b for a, b in zip(got, expected))

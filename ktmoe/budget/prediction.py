@@ -46,11 +46,13 @@ def predict(budget: Budget) -> Prediction:
     config = KTConfig(**keys)
     experts, found = 0.0, None
     for shape, count in budget.layers.items():
-        found = speed(config, shape, budget.stored, budget.batch.tokens)
+        found = speed(config, shape, budget.stored, budget.processes * budget.batch.tokens)
         if found is None:
             raise KTError("--time: the experts could not be measured here.")
         experts += count * found.experts * (1 - budget.on_device / shape.num_experts)
     assert found is not None
     if budget.batch.checkpointing and not budget.retained:
         experts *= _RECOMPUTED
-    return Prediction(experts, budget.operations() / found.dense if budget.free_device is None else None, found.plan)
+    # Processes of a host share its cores, for their own parts too.
+    rest = budget.processes * budget.operations() / found.dense if budget.free_device is None else None
+    return Prediction(experts, rest, found.plan)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -19,9 +20,14 @@ from ktmoe.types import KTError
 
 
 def calibrate(
-    model: str, rows: Iterable[Sequence[int]], tokens: int, length: int, trust_remote_code: bool = False
+    model: str,
+    rows: Iterable[Sequence[int]],
+    tokens: int,
+    length: int,
+    trust_remote_code: bool = False,
+    config: KTConfig | None = None,
 ) -> dict[str, list[int]]:
-    """Loads a model and counts.
+    """Loads a model, as soon as there is a row, and counts.
 
     Args:
         model: a folder, or a hub name.
@@ -29,6 +35,7 @@ def calibrate(
         tokens: how many are enough.
         length: at which longer rows are cut off.
         trust_remote_code: whether the model's own code may be run.
+        config: what computes the experts; by default `auto`.
 
     Returns:
         E counts for each layer, by its name.
@@ -36,11 +43,15 @@ def calibrate(
     Raises:
         KTError: as `load_model`; or no rows.
     """
-    loaded = load_model(model, KTConfig(), trust_remote_code=trust_remote_code)
+    rows = (row for row in rows if len(row))
+    first = next(rows, None)
+    if first is None:
+        raise KTError("DATA: there is not one token in it.")
+    loaded = load_model(model, config or KTConfig(), trust_remote_code=trust_remote_code)
     device = devices.accelerator()
     if device is not None:
         loaded.to(device)  # the experts stay
-    return count(loaded, rows, tokens, length)
+    return _count(loaded, itertools.chain([first], rows), tokens, length)
 
 
 def of_data(model: str, data: str, tokens: int, length: int, trust_remote_code: bool = False) -> dict[str, list[int]]:
@@ -53,8 +64,7 @@ def of_data(model: str, data: str, tokens: int, length: int, trust_remote_code: 
 
 
 @torch.no_grad()
-def count(model: nn.Module, rows: Iterable[Sequence[int]], tokens: int, length: int) -> dict[str, list[int]]:
-    """Counts with a model that is loaded. Arguments as `calibrate` takes them."""
+def _count(model: nn.Module, rows: Iterable[Sequence[int]], tokens: int, length: int) -> dict[str, list[int]]:
     layers = moe_layers(model)
     found = {name: torch.zeros(experts.num_experts, dtype=torch.int64) for name, experts in layers.items()}
 
@@ -73,8 +83,6 @@ def count(model: nn.Module, rows: Iterable[Sequence[int]], tokens: int, length: 
         with tqdm(total=tokens, desc="Counting", unit=" tokens", unit_scale=True) as bar:
             for row in rows:
                 ids = torch.tensor([list(row)[:length]], dtype=torch.int64).to(embeddings.weight.device)
-                if not ids.numel():
-                    continue
                 model(input_ids=ids, use_cache=False)
                 bar.update(min(ids.numel(), tokens - seen))
                 seen += ids.numel()
@@ -83,8 +91,6 @@ def count(model: nn.Module, rows: Iterable[Sequence[int]], tokens: int, length: 
     finally:
         for one in hooks:
             one.remove()
-    if not seen:
-        raise KTError("DATA: there is not one token in it.")
     return {name: counts.tolist() for name, counts in found.items()}
 
 

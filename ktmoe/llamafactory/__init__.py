@@ -137,12 +137,13 @@ def calibrate(path: str, tokens: int) -> tuple[str, dict[str, list[int]]]:
         KTError: what would be refused; or a training set that cannot be read.
     """
     from ktmoe import calibration
+    from ktmoe.llamafactory.arguments import kt_config
     from ktmoe.llamafactory.rows import rows
 
     model_args, data_args, *others = _parsed([path], kt_num_gpu_experts=0, kt_gpu_experts=None)
     model, trust = model_args.model_name_or_path, model_args.trust_remote_code
     of_training = rows(model_args, data_args, *others)
-    return model, calibration.calibrate(model, of_training, tokens, data_args.cutoff_len, trust)
+    return model, calibration.calibrate(model, of_training, tokens, data_args.cutoff_len, trust, kt_config(model_args))
 
 
 def serve_page() -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ktmoe.backends import TorchBackend
 from ktmoe.interface import STATELESS, Backend
-from ktmoe.types import PROJECTIONS, ExpertWeights, Gradients, Inputs, KTError, Lora, MoEShape, Stack
+from ktmoe.types import PROJECTIONS, ExpertWeights, Gradients, Inputs, Lora, MoEShape, Stack
 
 
 _TICKETS = count(STATELESS + 1)
@@ -166,25 +166,15 @@ def split(
     """Copies experts to the device and puts their backend beside the CPU's.
 
     Args:
-        cpu: loaded with the other experts; closed where the device has no room.
+        cpu: loaded with the other experts.
         weights: of the whole layer; quantised ones are dequantised.
         experts: ascending ids of those to copy.
         shape: of the whole layer.
         where: the device.
-
-    Raises:
-        KTError: the device has not the memory.
     """
     # fp32 on a CPU that has no bf16 instructions is no reason for it on the device; the reference is exact everywhere.
     dtype = torch.float32 if cpu.name == "reference" else torch.bfloat16
-    try:
-        copies = [_copied(getattr(weights, p), experts, where, dtype) for p in PROJECTIONS]
-    except torch.cuda.OutOfMemoryError as error:
-        cpu.close()
-        raise KTError(
-            f"kt_num_gpu_experts: got {len(experts)}; {where} has not the memory for so many of each layer ({error}). "
-            "Write a smaller number."
-        ) from error
+    copies = [_copied(getattr(weights, p), experts, where, dtype) for p in PROJECTIONS]
     part = replace(shape, num_experts=len(experts))
     return SplitBackend(cpu, TorchBackend(ExpertWeights(*copies), part, dtype), experts, shape, where)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 from collections.abc import Iterable
 from dataclasses import replace
@@ -48,7 +47,7 @@ def on_device(config: KTConfig, shape: MoEShape, layer: str | None = None) -> tu
             f"kt_gpu_experts: got {named!r}, whose counts are of a model's layers; a layer by itself takes a list of "
             "ids, or its name in the model as layer=."
         )
-    layers = _read(os.fspath(named), os.path.getmtime(named))
+    layers = counts.read(named)
     if layer not in layers or len(layers[layer]) != e:
         has = f"{len(layers[layer])} experts" if layer in layers else "no such layer"
         raise KTError(
@@ -57,11 +56,6 @@ def on_device(config: KTConfig, shape: MoEShape, layer: str | None = None) -> tu
         )
     by_count = sorted(range(e), key=lambda expert: (-layers[layer][expert], expert))
     return tuple(sorted(by_count[:n]))
-
-
-@functools.lru_cache(maxsize=8)
-def _read(path: str, changed: float) -> dict[str, list[int]]:
-    return counts.read(path)
 
 
 def left_on_cpu(config: KTConfig, shape: MoEShape) -> MoEShape:
