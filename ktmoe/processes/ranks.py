@@ -6,19 +6,16 @@ import atexit
 import os
 import socket
 import sys
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch.distributed import rpc
-from torch.distributed.rendezvous import register_rendezvous_handler
 
 from ktmoe.errors import KernelError, KTError
+from ktmoe.processes.calling import Answering, Caller
 from ktmoe.processes.launched import check_launch, number
 from ktmoe.processes.meeting import Meeting
 
@@ -26,8 +23,7 @@ from ktmoe.processes.meeting import Meeting
 _T = TypeVar("_T")
 
 _LONG = timedelta(days=7)  # a launcher ends what hangs; loading a large model may take an hour
-_SCHEME = "ktmoe"
-_LAST = 45  # seconds that a process waits for the others at its end: launchers end them when one has ended in an error
+_LAST = 45  # seconds that the owner waits for the others at its end: launchers end them when one has ended in an error
 
 
 @dataclass(frozen=True)
@@ -40,6 +36,7 @@ class Ranks:
         everyone: all processes, by gloo: expert LoRA is on the CPU.
         here: those of this host.
         meeting: where their calls meet; on the owner.
+        caller: to the owner; on the others.
     """
 
     rank: int
@@ -47,6 +44,7 @@ class Ranks:
     everyone: dist.ProcessGroup
     here: dist.ProcessGroup
     meeting: Meeting | None
+    caller: Caller | None
 
     @property
     def world(self) -> int:
@@ -91,14 +89,14 @@ class Ranks:
             KernelError: from the function.
             RuntimeError: the function failed otherwise.
         """
-        if self.is_owner:
+        if self.caller is None:
             return function(*args)
         try:
-            answer, error = rpc.rpc_sync(_name(self.owner), _guarded, (function, args))
-        except RuntimeError as lost:
+            answer, error = self.caller(function, args)
+        except (EOFError, OSError) as lost:
             raise KTError(
                 f"Rank {self.owner}, whose process owns the routed experts of this host, does not answer: it has "
-                f"ended, and said why if it could. ({str(lost).splitlines()[0]})"
+                f"ended, and said why if it could. ({lost or 'It closed the connection.'})"
             ) from lost
         if error is not None:
             raise error
@@ -133,51 +131,37 @@ def _join() -> Ranks:
     hosts = [tuple(r for r in range(size) if named[r] == host) for host in dict.fromkeys(named)]
     groups = [dist.new_group(list(ranks), backend="gloo", timeout=_LONG) for ranks in hosts]  # every process makes all
     on_host, here = next((r, g) for r, g in zip(hosts, groups, strict=True) if rank in r)
-    meeting = Meeting(on_host) if rank == on_host[0] and len(on_host) > 1 else None
-    ranks = Ranks(rank, on_host, everyone, here, meeting)
     # Several processes on CPUs alone: accelerate calls the device "cpu:0", and the Trainer has torch.load map its
     # optimizer there when it resumes. torch does not know that name.
     torch.serialization.register_package(100, _no_tag, _on_cpu)
-    if len(on_host) > 1:
-        _connect(ranks)
-    return ranks
+    meeting = caller = None
+    if len(on_host) > 1 and rank == on_host[0]:
+        meeting = Meeting(on_host)
+        _answer(meeting, len(on_host) - 1, here)
+    elif len(on_host) > 1:
+        caller = _reach(on_host[0], here)
+    return Ranks(rank, on_host, everyone, here, meeting, caller)
 
 
-def _connect(ranks: Ranks) -> None:
-    """torch's own remote calls, between the processes of this host."""
-    store = dist.distributed_c10d.PrefixStore(f"ktmoe {ranks.owner}", dist.distributed_c10d._get_default_store())
-    own = ranks.on_host.index(ranks.rank)
+def _answer(meeting: Meeting, others: int, here: dist.ProcessGroup) -> None:
+    """Has the owner answer the others."""
+    answering = Answering()
+    dist.broadcast_object_list([answering.address], src=dist.get_rank(), group=here)
+    answering.start(others, _guarded)
 
-    def rendezvous(*ignored: Any, **too: Any) -> Iterator[tuple[Any, int, int]]:
-        yield store, own, len(ranks.on_host)
+    def leave() -> None:  # at the end of this process, which stays until nobody can ask any more
+        if getattr(sys, "last_type", None) is None:  # else it failed: the others would wait for it in vain
+            answering.wait(_LAST)
+        meeting.close()
 
-    # The launcher has taken the port that its variables name, and its store outlives the processes.
-    register_rendezvous_handler(_SCHEME, rendezvous)
-    os.environ.setdefault("TP_SOCKET_IFNAME", "lo")  # else it asks what address the host's name has
-    options = rpc.TensorPipeRpcBackendOptions(
-        init_method=f"{_SCHEME}://",
-        num_worker_threads=2 * len(ranks.on_host) + 2,  # a call of each process may wait for the others'
-        rpc_timeout=_LONG.total_seconds(),
-        _transports=["uv"],  # "shm", the default within a host, keeps a core of every process spinning
-    )
-    with warnings.catch_warnings():  # torch's own use of its own groups
-        warnings.filterwarnings("ignore", message="You are using a Backend")
-        rpc.init_rpc(
-            _name(ranks.rank),
-            rank=own,
-            world_size=len(ranks.on_host),
-            rpc_backend_options=options,
-        )
-    atexit.register(_leave, ranks)
+    atexit.register(leave)
 
 
-def _leave(ranks: Ranks) -> None:
-    """At the end of this process: the owner stays until nobody can ask any more."""
-    failed = getattr(sys, "last_type", None) is not None  # the others would wait for it in vain
-    with suppress(RuntimeError):  # somebody failed
-        rpc.shutdown(graceful=not failed, timeout=_LAST)
-    if ranks.meeting is not None:
-        ranks.meeting.close()
+def _reach(owner: int, here: dist.ProcessGroup) -> Caller:
+    """Connects another process to the owner."""
+    address = [""]
+    dist.broadcast_object_list(address, src=owner, group=here)
+    return Caller(address[0])
 
 
 def _no_tag(storage: Any) -> None:
@@ -187,10 +171,6 @@ def _no_tag(storage: Any) -> None:
 def _on_cpu(storage: Any, location: str) -> Any:
     """For torch.load: a storage of `cpu:0` and the like stays where it was read to; None for others."""
     return storage if location.startswith("cpu:") else None
-
-
-def _name(rank: int) -> str:
-    return f"ktmoe-{rank}"
 
 
 def _guarded(function: Callable[..., Any], args: tuple[Any, ...]) -> tuple[Any, Exception | None]:
