@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
@@ -54,9 +56,10 @@ def verify(
     """
     try:
         output.mkdir(parents=True, exist_ok=True)
-        for name in (*SECTIONS, "report"):  # an earlier run's results must not be taken for this one's
-            (output / f"{name}.json").unlink(missing_ok=True)
-        (output / "report.html").write_text("")
+        (output / "report.html").write_text("")  # whether it can be
+        # An earlier run's results must not be taken for this one's.
+        for name in ("report.html", *(f"{name}.json" for name in (*SECTIONS, "report"))):
+            (output / name).unlink(missing_ok=True)
     except OSError as error:
         raise KTError(f"--output: cannot write to {output}: {error}") from error
     shapes = ["--model", model, "--rank", str(rank)] if model else []
@@ -110,7 +113,7 @@ def _run(name: str, options: list[str], output: Path, console: Console) -> dict[
     """One section; it writes `output/<name>.json`, or did not live to."""
     console.rule(name)
     command = [sys.executable, "-m", f"ktmoe.verify.{name}", "--output", str(output), "--allow-unverified", *options]
-    code = subprocess.run(command).returncode
+    code = _wait(command)
     if code in (0, 1):  # what `results.end` returns
         with contextlib.suppress(OSError, ValueError):
             return json.loads((output / f"{name}.json").read_text())
@@ -118,6 +121,18 @@ def _run(name: str, options: list[str], output: Path, console: Console) -> dict[
     summary = f"{name}: its process {how} before it was done"
     console.print(summary, style="red", markup=False)
     return {"section": name, "verdict": "fail", "summary": summary, "problems": [summary], "data": {}}
+
+
+def _wait(command: Sequence[str]) -> int:
+    """Runs a section. Ctrl-C is this process's alone, which then ends the section with all that it has started."""
+    with tempfile.TemporaryDirectory() as own:  # what a process that is killed leaves
+        environment = os.environ | {"TMPDIR": own}
+        with subprocess.Popen(command, start_new_session=True, env=environment) as child:
+            try:
+                return child.wait()
+            except BaseException:
+                os.killpg(child.pid, signal.SIGKILL)
+                raise
 
 
 def _row(section: dict[str, Any]) -> tuple[str, str, str]:
