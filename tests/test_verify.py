@@ -133,8 +133,8 @@ def test_an_error_beyond_its_limit_fails_the_section(model, tmp_path, monkeypatc
     [("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", "SIGSEGV"), ("raise SystemExit(7)", "exit code 7")],
 )
 def test_a_section_that_dies_has_failed(tmp_path, monkeypatch, end, expected):
-    real = subprocess.run
-    monkeypatch.setattr(report.subprocess, "run", lambda command: real([sys.executable, "-c", end]))
+    real = report._wait
+    monkeypatch.setattr(report, "_wait", lambda command: real([sys.executable, "-c", end]))
     (tmp_path / "accuracy.json").write_text('{"verdict": "pass"}')  # written before it died
     found = report._run("accuracy", [], tmp_path, results.console())
     assert found["verdict"] == "fail"
@@ -143,8 +143,8 @@ def test_a_section_that_dies_has_failed(tmp_path, monkeypatch, end, expected):
 
 
 def test_a_torn_result_is_a_failed_section(tmp_path, monkeypatch):
-    real = subprocess.run
-    monkeypatch.setattr(report.subprocess, "run", lambda command: real([sys.executable, "-c", ""]))
+    real = report._wait
+    monkeypatch.setattr(report, "_wait", lambda command: real([sys.executable, "-c", ""]))
     (tmp_path / "soak.json").write_text('{"verdict": "pa')
     assert report._run("soak", [], tmp_path, results.console())["verdict"] == "fail"
 
