@@ -73,6 +73,7 @@ TRAINING = [
         "hosts",
         "gpu_session",
         "examples",
+        "notebook",
     )
 ]
 
@@ -145,7 +146,7 @@ def accuracy(session: nox.Session) -> None:
 @nox.session
 def training(session: nox.Session) -> None:
     """Everything about trainers, the long runs too: curves of every backend, 200 DPO steps without growth."""
-    install_tested_set(session, "tests")
+    install_tested_set(session, "tests", "notebook")
     session.run("python", "-m", "pytest", "-m", "slow or not slow", *TRAINING, *session.posargs, env=ENV)
 
 
