@@ -278,12 +278,34 @@ def types(session: nox.Session) -> None:
 def build(session: nox.Session) -> None:
     """Builds sdist and wheel, and looks at what the wheel holds and installs."""
     session.install("-c", "requirements/constraints.txt", "build", "hatchling")
+    _distributions(session, Path.cwd(), "")
+
+
+@nox.session
+def release(session: nox.Session) -> None:
+    """Rehearses a release of the last commit, `-- 0.1.0`: version, changelog, sdist and wheel, in a copy."""
+    session.install("-c", "requirements/constraints.txt", "build", "hatchling", "packaging")
+    session.install("twine")  # as new as the index that it speaks to
+    copy = Path(session.create_tmp()) / "release"
+    shutil.rmtree(copy, ignore_errors=True)
+    copy.mkdir()
+    session.run("git", "archive", "--output", str(copy) + ".tar", "HEAD", external=True)
+    shutil.unpack_archive(str(copy) + ".tar", copy)
+    script = (".ci/release.py", str(copy), *session.posargs)
+    version = str(session.run("python", *script, silent=True)).strip()
+    out = _distributions(session, copy, version)
+    session.run("twine", "check", "--strict", *map(str, out.iterdir()))
+    session.log(f"{version} could be released. By hand: the two files of {copy} that changed, `git tag v{version}`,")
+    session.log(f"`twine upload {out}/*`")
+
+
+def _distributions(session: nox.Session, source: Path, version: str) -> Path:
+    """Builds into a folder and checks; the version is any if none is given."""
     out = Path(session.create_tmp()) / "dist"
-    for old in out.glob("*"):
-        old.unlink()
-    session.run("python", "-m", "build", "--no-isolation", "--outdir", str(out))
-    (wheel,) = out.glob("*.whl")
-    (sdist,) = out.glob("*.tar.gz")
+    shutil.rmtree(out, ignore_errors=True)
+    session.run("python", "-m", "build", "--no-isolation", "--outdir", str(out), str(source))
+    (wheel,) = out.glob(f"*{version}-*.whl")
+    (sdist,) = out.glob(f"*{version}.tar.gz")
     names = zipfile.ZipFile(wheel).namelist()
     tops = {name.split("/")[0] for name in names if ".dist-info/" not in name}
     if tops != {"ktmoe", "ktmoe_reference"}:
@@ -307,6 +329,7 @@ def build(session: nox.Session) -> None:
             "assert [e.name for e in d.entry_points] == ['ktmoe']; print('installs as', d.name, d.version)",
         )
     session.log(f"{wheel.name}: {len(names)} files; {sdist.name}: {sdist.stat().st_size // 1024} KiB")
+    return out
 
 
 @nox.session

@@ -3,6 +3,7 @@
 import ast
 import importlib.metadata
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -171,3 +172,35 @@ def test_no_machine_path_and_no_registry_host():
             for found in (*machine.finditer(line), *registry.finditer(line)):
                 wrong.append(f"{path.relative_to(ROOT)}:{number}: {found.group()} in {line.strip()[:100]}")
     assert not wrong, "\n".join(wrong)
+
+
+LOG = "# Changelog\n\n## [Unreleased]\n\n### Added\n\n- A thing.\n\n## [0.1.0] - 2026-01-01\n\n- All.\n"
+
+
+@pytest.mark.parametrize(
+    ("present", "wanted", "log", "expected"),
+    [
+        ("0.2.0.dev0", None, LOG, "0.2.0"),
+        ("0.2.0.dev0", "0.2.0rc1", LOG, "0.2.0rc1"),
+        ("0.1.0", "0.1.1", LOG, "0.1.1"),
+        ("0.1.0", None, LOG, "VERSION: got 0.1.0, expected one after 0.1.0"),
+        ("0.2.0.dev0", "0.1.0", LOG, "expected one after 0.2.0.dev0"),
+        ("0.2.0.dev0", "0.2.0.dev1", LOG, "neither of development nor local"),
+        ("0.2.0.dev0", "two", LOG, "got 'two', expected one as of PEP 440"),
+        ("0.2.0.dev0", None, LOG.replace("### Added\n\n- A thing.\n\n", ""), "nothing is under [Unreleased]"),
+    ],
+)
+def test_what_a_release_changes(tmp_path, present, wanted, log, expected):
+    script = runpy.run_path(str(ROOT / ".ci" / "release.py"))["release"]
+    (tmp_path / "ktmoe").mkdir()
+    init, changelog = tmp_path / "ktmoe" / "__init__.py", tmp_path / "CHANGELOG.md"
+    init.write_text(f'"""Text."""\n\n__version__ = "{present}"\n')
+    changelog.write_text(log)
+    if " " in expected:
+        with pytest.raises(ValueError, match=re.escape(expected)):
+            script(tmp_path, wanted, "2026-02-02")
+        assert changelog.read_text() == log
+        return
+    assert script(tmp_path, wanted, "2026-02-02") == expected
+    assert init.read_text() == f'"""Text."""\n\n__version__ = "{expected}"\n'
+    assert f"## [Unreleased]\n\n## [{expected}] - 2026-02-02\n\n### Added" in changelog.read_text()
