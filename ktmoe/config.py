@@ -24,7 +24,7 @@ OLD_KEYS = {
     "mode": "delete it",
     "kt_maxlen": "write kt_max_len, or delete it",
     "kt_use_cuda_graph": "delete it: training has no CUDA graph",
-    "kt_mode": "write kt_backend: AMXBF16 | AMXInt8 | torch | reference | auto",
+    "kt_mode": "write kt_backend: AMXBF16 | AMXInt8 | AMXFP8 | AMXInt4 | torch | reference | auto",
     "kt_force_think": "delete it: it concerned chat only",
     "kt_expert_checkpoint_path": "delete it: the experts come from model_name_or_path",
     "kt_use_lora_experts": "delete it: the routed experts have LoRA when lora_target covers them",
