@@ -13,6 +13,14 @@ import yaml
 from factory import save_model
 
 
+@pytest.fixture(autouse=True)
+def listening():
+    """What a shell has started in the background ignores SIGINT, and so would all that it starts."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("interrupts")
