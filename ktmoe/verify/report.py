@@ -125,7 +125,8 @@ def _run(name: str, options: list[str], output: Path, console: Console) -> dict[
 
 def _wait(command: Sequence[str]) -> int:
     """Runs a section. Ctrl-C is this process's alone, which then ends the section with all that it has started."""
-    with tempfile.TemporaryDirectory() as own:  # what a process that is killed leaves
+    # For what a process that is killed leaves; one that it has started may take a moment longer to die.
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as own:
         environment = os.environ | {"TMPDIR": own}
         with subprocess.Popen(command, start_new_session=True, env=environment) as child:
             try:
