@@ -278,7 +278,7 @@ def types(session: nox.Session) -> None:
 def build(session: nox.Session) -> None:
     """Builds sdist and wheel, and looks at what the wheel holds and installs."""
     session.install("-c", "requirements/constraints.txt", "build", "hatchling")
-    _distributions(session, Path.cwd(), "")
+    _distributions(session, Path.cwd())
 
 
 @nox.session
@@ -293,19 +293,19 @@ def release(session: nox.Session) -> None:
     shutil.unpack_archive(str(copy) + ".tar", copy)
     script = (".ci/release.py", str(copy), *session.posargs)
     version = str(session.run("python", *script, silent=True)).strip()
-    out = _distributions(session, copy, version)
+    out = _distributions(session, copy)
     session.run("twine", "check", "--strict", *map(str, out.iterdir()))
     session.log(f"{version} could be released. By hand: the two files of {copy} that changed, `git tag v{version}`,")
     session.log(f"`twine upload {out}/*`")
 
 
-def _distributions(session: nox.Session, source: Path, version: str) -> Path:
-    """Builds into a folder and checks; the version is any if none is given."""
+def _distributions(session: nox.Session, source: Path) -> Path:
+    """Builds both into a folder, and looks at them."""
     out = Path(session.create_tmp()) / "dist"
     shutil.rmtree(out, ignore_errors=True)
     session.run("python", "-m", "build", "--no-isolation", "--outdir", str(out), str(source))
-    (wheel,) = out.glob(f"*{version}-*.whl")
-    (sdist,) = out.glob(f"*{version}.tar.gz")
+    (wheel,) = out.glob("*.whl")
+    (sdist,) = out.glob("*.tar.gz")
     names = zipfile.ZipFile(wheel).namelist()
     tops = {name.split("/")[0] for name in names if ".dist-info/" not in name}
     if tops != {"ktmoe", "ktmoe_reference"}:

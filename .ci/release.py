@@ -5,6 +5,7 @@
 Prints the version. `python -m nox -s release` does so in a copy, builds it and looks at what came out.
 """
 
+import argparse
 import re
 import sys
 from datetime import datetime, timezone
@@ -44,7 +45,11 @@ def release(folder: Path, wanted: str | None, today: str) -> str:
 
 
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("version", nargs="?")
+    given = parser.parse_args()
     try:
-        print(release(Path(sys.argv[1]), *(sys.argv[2:] or [None]), f"{datetime.now(timezone.utc):%Y-%m-%d}"))
+        print(release(given.folder, given.version, f"{datetime.now(timezone.utc):%Y-%m-%d}"))
     except ValueError as error:
         sys.exit(str(error))

@@ -9,6 +9,7 @@ import sys
 import tempfile
 import textwrap
 import time
+import traceback
 from types import SimpleNamespace
 
 import pytest
@@ -145,6 +146,13 @@ def run_python(code, timeout=120):
     return done
 
 
+def free_port():
+    """A port of this host that nothing listens on."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
 def run_ranks(code, number, timeout=120, hosts=1):
     """Runs code in processes that a launcher might have started, and ends each as Python would. A result for each.
 
@@ -156,9 +164,7 @@ def run_ranks(code, number, timeout=120, hosts=1):
     """
     if number == 1:
         return [run_python(code, timeout)]
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
+    port = free_port()
     each = number // hosts
     launched = [
         {"RANK": r, "LOCAL_RANK": r % each, "WORLD_SIZE": number, "LOCAL_WORLD_SIZE": each, "GROUP_RANK": r // each}
@@ -193,6 +199,12 @@ def _execute(code, folder, environment):
     for fd, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(os.path.join(folder, name), os.O_WRONLY | os.O_CREAT), fd)
     sys.stdout, sys.stderr = (os.fdopen(fd, "w", buffering=1, closefd=False) for fd in (1, 2))
-    exec(compile(code, "<test>", "exec"), {"__name__": "__main__"})
+    failed = False
+    try:
+        exec(compile(code, "<test>", "exec"), {"__name__": "__main__"})
+    except Exception as error:
+        sys.last_type, failed = type(error), True
+        traceback.print_exc()
     if environment:
         atexit._run_exitfuncs()  # multiprocessing's children leave without
+    sys.exit(int(failed))

@@ -16,6 +16,7 @@ import pytest
 import torch
 import yaml
 from factory import LAYERS, E, Workspace, losses
+from helpers import free_port
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM, Qwen3MoeForCausalLM, TrainerCallback
@@ -146,7 +147,7 @@ def test_two_processes(workspace, stage):
     """torchrun as LLaMA-Factory starts it; in bf16 outside of the experts, whose rounding depends on the batch."""
     keys = {"stage": stage, "kt_backend": "reference", "kt_num_threads": 1}
     one, _ = workspace.train(f"one {stage}", per_device_train_batch_size=4, **keys)
-    launched = {"FORCE_TORCHRUN": "1", "NPROC_PER_NODE": "2", "MASTER_PORT": "29517"}
+    launched = {"FORCE_TORCHRUN": "1", "NPROC_PER_NODE": "2", "MASTER_PORT": str(free_port())}
     two, said = workspace.train(f"two {stage}", launched, per_device_train_batch_size=2, **keys)
     assert two == pytest.approx(one, rel=0.03)
     assert "2 processes of this host, 2 in all: rank 0 holds this host's experts" in said

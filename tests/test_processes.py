@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 
 import peft
 import pytest
@@ -11,6 +12,7 @@ from helpers import run_ranks
 from transformers import AutoModelForCausalLM
 
 import ktmoe
+from ktmoe.processes import Ranks
 
 
 STEPS = 20
@@ -224,7 +226,7 @@ dist.barrier()
 
 
 def test_the_process_that_owns_the_experts_may_end_first(folder):
-    """It stays until the others have ended; a failed one does not."""
+    """It stays until the others have ended."""
     done = by_hand(
         folder,
         """
@@ -239,12 +241,16 @@ if rank == 1:
 """,
     )
     assert "computed" in done[1].stdout
+
+
+@pytest.mark.parametrize(("end", "code"), [("os._exit(9)", 9), ("raise ValueError('of the owner')", 1)])
+def test_a_process_that_owns_the_experts_and_failed_does_not_stay(folder, end, code):
     first, second = run_ranks(
         BY_HAND.format(model=str(folder / "model"), elsewhere=0)
-        + """
+        + f"""
 loss(1, rank).backward()
 if rank == 0:
-    os._exit(9)
+    {end}
 model.eval()
 with torch.no_grad():
     for seed in range(100):
@@ -253,9 +259,11 @@ with torch.no_grad():
         2,
         timeout=60,
     )
-    assert first.returncode == 9
+    assert first.returncode == code
     assert second.returncode not in (0, -9)
-    assert "Rank 0, whose process owns the routed experts of this host, does not answer" in second.stderr
+    gone = "Rank 0, whose process owns the routed experts of this host, does not answer"
+    going = "The process that owns the routed experts is at its end."
+    assert gone in second.stderr or going in second.stderr
 
 
 def test_training_in_evaluation_mode_is_averaged_too(folder):
@@ -408,3 +416,12 @@ except ktmoe.KTError as error:
     )
     assert [d.stdout.strip() for d in done] == ["kt_backend: the owner has no room"] * 2, done
     assert os.environ.get("RANK") is None
+
+
+def test_an_owner_that_closed_the_connection_is_said_so():
+    def ended(*message):
+        raise EOFError  # without a word, as Python's connections do
+
+    ranks = Ranks(rank=1, on_host=(0, 1), everyone=None, here=None, meeting=None, caller=ended)
+    with pytest.raises(ktmoe.KTError, match=re.escape("(It closed the connection.)")):
+        ranks.ask(print)

@@ -4,7 +4,6 @@ import importlib.util
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -12,6 +11,7 @@ import urllib.request
 
 import pytest
 from factory import save_model
+from helpers import free_port
 from safetensors import safe_open
 from typer.testing import CliRunner
 
@@ -39,9 +39,7 @@ def test_without_gradio_the_remedy_is_said():
 @pytest.fixture
 def page(tmp_path):
     """The page's address; it is served from `tmp_path`."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
+    port = free_port()
     env = os.environ | {
         "GRADIO_SERVER_NAME": "127.0.0.1",
         "GRADIO_SERVER_PORT": str(port),

@@ -52,11 +52,16 @@ class Caller:
 class Answering:
     """The owner's side: a thread for each of the other processes."""
 
-    def __init__(self) -> None:
-        """Waits for nobody yet."""
+    def __init__(self, others: int) -> None:
+        """Waits for nobody yet.
+
+        Args:
+            others: how many processes will connect.
+        """
+        self._others = others
         short = len(tempfile.gettempdir()) <= _PATH
         self._folder = Path(tempfile.mkdtemp(prefix="ktmoe-", dir=None if short else "/tmp"))  # nobody else's
-        self._listener = Listener(str(self._folder / "s"), family="AF_UNIX")
+        self._listener = Listener(str(self._folder / "s"), family="AF_UNIX", backlog=others)
         self._threads: list[threading.Thread] = []
 
     @property
@@ -64,14 +69,13 @@ class Answering:
         """Of the socket."""
         return str(self._folder / "s")
 
-    def start(self, number: int, answer: Callable[..., Any]) -> None:
+    def start(self, answer: Callable[..., Any]) -> None:
         """Waits for the others, and answers each from then on.
 
         Args:
-            number: of the others.
             answer: takes a message.
         """
-        for _ in range(number):
+        for _ in range(self._others):
             about = self._listener.accept(), answer
             self._threads.append(threading.Thread(target=_answer, args=about, name="ktmoe calls", daemon=True))
             self._threads[-1].start()

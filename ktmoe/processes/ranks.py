@@ -96,7 +96,7 @@ class Ranks:
         except (EOFError, OSError) as lost:
             raise KTError(
                 f"Rank {self.owner}, whose process owns the routed experts of this host, does not answer: it has "
-                f"ended, and said why if it could. ({lost or 'It closed the connection.'})"
+                f"ended, and said why if it could. ({str(lost) or 'It closed the connection.'})"
             ) from lost
         if error is not None:
             raise error
@@ -145,9 +145,9 @@ def _join() -> Ranks:
 
 def _answer(meeting: Meeting, others: int, here: dist.ProcessGroup) -> None:
     """Has the owner answer the others."""
-    answering = Answering()
+    answering = Answering(others)
     dist.broadcast_object_list([answering.address], src=dist.get_rank(), group=here)
-    answering.start(others, _guarded)
+    answering.start(_guarded)
 
     def leave() -> None:  # at the end of this process, which stays until nobody can ask any more
         if getattr(sys, "last_type", None) is None:  # else it failed: the others would wait for it in vain

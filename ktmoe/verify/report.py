@@ -28,6 +28,12 @@ from ktmoe.verify import environment, plots, results
 
 
 SECTIONS = ("accuracy", "weights", "traps", "soak", "placement", "throughput")
+# As `python -m`, but Ctrl-C ends it at once: a section has nothing to say then, and this process answers for it.
+_SECTION = """
+import runpy, signal
+signal.signal(signal.SIGINT, signal.SIG_DFL)
+runpy.run_module("ktmoe.verify.{}", run_name="__main__", alter_sys=True)
+"""
 
 
 def verify(
@@ -112,8 +118,8 @@ def page(result: dict[str, Any]) -> str:
 def _run(name: str, options: list[str], output: Path, console: Console) -> dict[str, Any]:
     """One section; it writes `output/<name>.json`, or did not live to."""
     console.rule(name)
-    command = [sys.executable, "-m", f"ktmoe.verify.{name}", "--output", str(output), "--allow-unverified", *options]
-    code = _wait(command)
+    section = [sys.executable, "-c", _SECTION.format(name), "--output", str(output), "--allow-unverified"]
+    code = _wait([*section, *options])
     if code in (0, 1):  # what `results.end` returns
         with contextlib.suppress(OSError, ValueError):
             return json.loads((output / f"{name}.json").read_text())
@@ -124,16 +130,10 @@ def _run(name: str, options: list[str], output: Path, console: Console) -> dict[
 
 
 def _wait(command: Sequence[str]) -> int:
-    """Runs a section. Ctrl-C is this process's alone, which then ends the section with all that it has started."""
-    # For what a process that is killed leaves; one that it has started may take a moment longer to die.
+    """Runs a section with a folder of its own for what it leaves when it is killed."""
+    # What it has started may take a moment longer to die.
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as own:
-        environment = os.environ | {"TMPDIR": own}
-        with subprocess.Popen(command, start_new_session=True, env=environment) as child:
-            try:
-                return child.wait()
-            except BaseException:
-                os.killpg(child.pid, signal.SIGKILL)
-                raise
+        return subprocess.run(command, env=os.environ | {"TMPDIR": own}).returncode
 
 
 def _row(section: dict[str, Any]) -> tuple[str, str, str]:
