@@ -111,6 +111,29 @@ def test_a_training_of_llama_factory(tmp_path, monkeypatch):
     workspace.run("run", **keys)
 
 
+def test_the_model_of_a_training_is_found_where_the_training_finds_it(tmp_path, monkeypatch):
+    """Another revision or cache may hold other weights."""
+    workspace = Workspace(tmp_path)
+    given = {}
+
+    class Loaded(Exception):
+        pass
+
+    def load(*args, **kwargs):
+        given.update(kwargs)
+        raise Loaded
+
+    monkeypatch.setattr(calibration.counting, "load_model", load)
+    path = workspace.write("run", model_revision="v2", cache_dir=str(tmp_path / "cache"), hf_hub_token="secret")
+    assert isinstance(run(path, "--out", tmp_path / "counts.json").exception, Loaded)
+    assert given == {
+        "revision": "v2",
+        "cache_dir": str(tmp_path / "cache"),
+        "token": "secret",
+        "trust_remote_code": False,
+    }
+
+
 @pytest.mark.parametrize(
     ("data", "says"),
     [

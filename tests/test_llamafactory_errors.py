@@ -13,6 +13,7 @@ from peft import LoraConfig, PrefixTuningConfig
 from transformers import LlamaConfig, Qwen3MoeConfig, TrainingArguments
 from typer.testing import CliRunner
 
+from ktmoe.backends import kt
 from ktmoe.cli import app
 from ktmoe.llamafactory import keys, shipped
 from ktmoe.types import KTError
@@ -31,6 +32,19 @@ SIZES = {
 }
 MOE = {"moe_intermediate_size": 64, "num_experts": 4, "num_experts_per_tok": 2}
 
+STORED = {
+    "fp8": {"quant_method": "fp8", "weight_block_size": [128, 128]},
+    "int4": {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "config_groups": {
+            "group_0": {
+                "targets": ["Linear"],
+                "weights": {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32, "symmetric": True},
+            }
+        },
+    },
+}
 
 INFERENCE = ("model_name_or_path", "use_kt", "kt_backend", "finetuning_type")
 
@@ -226,6 +240,29 @@ def test_a_quantised_model(train, model):
     (model / "config.json").write_text(json.dumps(config))
     with pytest.raises(Loaded):  # dequantised while streaming
         train()
+
+
+@pytest.mark.parametrize("stored", STORED)
+def test_the_checkpoint_s_own_format_is_known_before_loading(train, model, tmp_path, stored):
+    """To `train`, `check` and `plan` alike: which kernel takes it, which does not, and what it needs of the sizes."""
+    from ktmoe.llamafactory import check, plan
+
+    own, other = (("AMXFP8", "AMXInt4"), ("AMXInt4", "AMXFP8"))[stored == "int4"]
+    sizes = {**SIZES, **MOE, "hidden_size": 1024, "moe_intermediate_size": 1024, "num_experts": 8}
+    Qwen3MoeConfig(**sizes, quantization_config=STORED[stored]).save_pretrained(model)
+    with pytest.raises(Loaded):
+        train(kt_backend="auto")
+    config = str(tmp_path / "config.yaml")
+    assert plan([config]).stored == stored
+    if kt.available():
+        assert f"{own} or AMXBF16 or torch, whichever is measured to be faster" in check([config])
+        assert f"Routed experts: {own}." in check([config, f"kt_backend={own}"])
+    for command in (check, plan):
+        with pytest.raises(KTError, match=f"kt_backend: {other} takes experts that the checkpoint holds in"):
+            command([config, f"kt_backend={other}"])
+    assert f"kt_backend: {other} takes experts" in refused(train, kt_backend=other)
+    Qwen3MoeConfig(**sizes).save_pretrained(model)
+    assert f"kt_backend: {own} takes experts" in refused(train, kt_backend=own)
 
 
 def test_sizes_that_the_kernel_cannot_take(train, model):

@@ -24,8 +24,8 @@ def calibrate(
     rows: Iterable[Sequence[int]],
     tokens: int,
     length: int,
-    trust_remote_code: bool = False,
     config: KTConfig | None = None,
+    **from_pretrained: Any,
 ) -> dict[str, list[int]]:
     """Loads a model, as soon as there is a row, and counts.
 
@@ -34,8 +34,8 @@ def calibrate(
         rows: token ids.
         tokens: how many are enough.
         length: at which longer rows are cut off.
-        trust_remote_code: whether the model's own code may be run.
         config: what computes the experts; by default `auto`.
+        **from_pretrained: as `load_model` takes them: `revision`, `cache_dir`, `trust_remote_code` ...
 
     Returns:
         E counts for each layer, by its name.
@@ -47,7 +47,7 @@ def calibrate(
     first = next(rows, None)
     if first is None:
         raise KTError("DATA: there is not one token in it.")
-    loaded = load_model(model, config or KTConfig(), trust_remote_code=trust_remote_code)
+    loaded = load_model(model, config or KTConfig(), **from_pretrained)
     device = devices.accelerator()
     if device is not None:
         loaded.to(device)  # the experts stay
@@ -60,7 +60,7 @@ def of_data(model: str, data: str, tokens: int, length: int, trust_remote_code: 
         tokenizer = transformers.AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise KTError(f"{model}: no tokenizer there ({' '.join(str(error).split())}).") from error
-    return calibrate(model, rows_of(data, tokenizer), tokens, length, trust_remote_code)
+    return calibrate(model, rows_of(data, tokenizer), tokens, length, trust_remote_code=trust_remote_code)
 
 
 @torch.no_grad()

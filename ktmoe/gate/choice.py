@@ -41,9 +41,7 @@ def settle(config: KTConfig, shape: MoEShape, size: int, stored: str = "") -> KT
         size: bytes of all routed experts in bf16.
         stored: the format of the weights, as `ExpertWeights.stored`.
     """
-    kinds = [
-        kind for kind in _kinds(config, size, stored) if kind == "torch" or _kernel_can(kind, config, shape, stored)
-    ]
+    kinds = _possible(config, shape, size, stored)
     if not any(kind in KERNEL_BACKENDS for kind in kinds):
         return config
     if config.kt_share_backward == "auto":
@@ -61,6 +59,18 @@ def settle(config: KTConfig, shape: MoEShape, size: int, stored: str = "") -> KT
     return replace(
         config, kt_backend=best.backend, kt_num_threads=best.threads if is_kernel(best) else config.kt_num_threads
     )
+
+
+def contenders(config: KTConfig, shape: MoEShape, size: int, stored: str = "") -> list[str]:
+    """The backends that `settle` would measure, by name; the one that runs without. Arguments as it takes them."""
+    if bf16_bytes(shape) < _WORTH_IT:
+        return [plan(config, shape, stored).backend]
+    return _possible(config, shape, size, stored) or [plan(config, shape, stored).backend]
+
+
+def _possible(config: KTConfig, shape: MoEShape, size: int, stored: str) -> list[str]:
+    kinds = _kinds(config, size, stored)
+    return [kind for kind in kinds if kind not in KERNEL_BACKENDS or _kernel_can(kind, config, shape, stored)]
 
 
 def bf16_bytes(shape: MoEShape) -> int:
@@ -148,7 +158,7 @@ def speed(config: KTConfig, shape: MoEShape, stored: str, tokens: int) -> Speed 
         stored: the format of the weights, as `ExpertWeights.stored`.
         tokens: of the call.
     """
-    kinds = [k for k in _kinds(config, 0, stored) if k not in KERNEL_BACKENDS or _kernel_can(k, config, shape, stored)]
+    kinds = _possible(config, shape, 0, stored)
     plans = _candidates(kinds, config, shape, stored)
     measured = _measured(shape, plans, stored, tokens)
     if measured is None:

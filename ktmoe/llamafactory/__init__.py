@@ -141,9 +141,16 @@ def calibrate(path: str, tokens: int) -> tuple[str, dict[str, list[int]]]:
     from ktmoe.llamafactory.rows import rows
 
     model_args, data_args, *others = _parsed([path], kt_num_gpu_experts=0, kt_gpu_experts=None)
-    model, trust = model_args.model_name_or_path, model_args.trust_remote_code
-    of_training = rows(model_args, data_args, *others)
-    return model, calibration.calibrate(model, of_training, tokens, data_args.cutoff_len, trust, kt_config(model_args))
+    model, of_training = model_args.model_name_or_path, rows(model_args, data_args, *others)
+    where = {
+        "revision": model_args.model_revision,
+        "cache_dir": model_args.cache_dir,
+        "token": model_args.hf_hub_token,
+        "trust_remote_code": model_args.trust_remote_code,
+    }
+    return model, calibration.calibrate(
+        model, of_training, tokens, data_args.cutoff_len, kt_config(model_args), **where
+    )
 
 
 def serve_page() -> None:

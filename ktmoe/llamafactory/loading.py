@@ -46,14 +46,21 @@ def load_tokenizer(original: Any) -> Any:
 def load_config(original: Any) -> Any:
     def load_config(model_args: Any) -> Any:
         config = original(model_args)
-        if model_args.use_kt:
-            forget_stored(config)  # `stream` dequantises; LLaMA-Factory and transformers need a GPU for it
-            if model_args.compute_dtype is None and bf16_is_slow():
-                # With bf16: false. LLaMA-Factory would load the configuration's dtype all the same.
-                setattr(config, "dtype" if hasattr(config, "dtype") else "torch_dtype", torch.float32)
+        if model_args.use_kt and model_args.compute_dtype is None and bf16_is_slow():
+            # With bf16: false. LLaMA-Factory would load the configuration's dtype all the same.
+            setattr(config, "dtype" if hasattr(config, "dtype") else "torch_dtype", torch.float32)
         return config
 
     return load_config
+
+
+def patch_config(original: Any) -> Any:
+    def patch_config(config: Any, tokenizer: Any, model_args: Any, *args: Any) -> Any:
+        if model_args.use_kt:
+            forget_stored(config)  # `stream` dequantises; LLaMA-Factory and transformers need a GPU for it
+        return original(config, tokenizer, model_args, *args)
+
+    return patch_config
 
 
 def load_model(original: Any) -> Any:

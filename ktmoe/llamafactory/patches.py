@@ -48,6 +48,7 @@ def install() -> None:
         (data_loader, "get_dataset", parsing.user_errors),
         (loader, "load_tokenizer", loading.load_tokenizer),
         (loader, "load_config", loading.load_config),
+        (loader, "patch_config", loading.patch_config),
         (loader, "load_model", loading.load_model),
         (loader, "init_adapter", loading.init_adapter),
         (tuner, "export_model", parsing.export_model),

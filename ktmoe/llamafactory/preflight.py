@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ktmoe.adapters import EXPERTS_FILE
-from ktmoe.checkpoints import refuse_quantised
+from ktmoe.checkpoints import refuse_quantised, stored_format
 from ktmoe.llamafactory.arguments import kt_config
 from ktmoe.processes import check_sharding
 from ktmoe.types import KTError
@@ -52,15 +52,22 @@ def check_loading(model_args: Any, finetuning_args: Any) -> None:
 
 def experts_in_words(model_args: Any, finetuning_args: Any) -> str:
     """Which backends would run the routed experts, and why not the one that was asked for."""
-    from ktmoe.models import expert_shapes
+    from ktmoe.gate import bf16_bytes, contenders
+    from ktmoe.models import layers_of
     from ktmoe.planning import plan
     from ktmoe.split import left_on_cpu
 
-    shapes = expert_shapes(load_config(model_args), largest_rank(model_args, finetuning_args))
-    config = kt_config(model_args)
-    plans = [plan(config, left_on_cpu(config, shape)) for shape in shapes]
-    found = dict.fromkeys(f"{p.backend} ({p.note})" if p.note else p.backend for p in plans)
-    return f"Routed experts: {', '.join(found)}."
+    model_config, config = load_config(model_args), kt_config(model_args)
+    stored = stored_format(model_config)
+    layers, _ = layers_of(model_config, largest_rank(model_args, finetuning_args))
+    here = [left_on_cpu(config, layer) for layer in layers]
+    found: dict[str, None] = {}
+    for shape in dict.fromkeys(here):
+        decided = plan(config, shape, stored)
+        names = contenders(config, shape, sum(map(bf16_bytes, here)), stored)
+        what = names[0] if len(names) == 1 else f"{' or '.join(names)}, whichever is measured to be faster"
+        found[f"{what} ({decided.note})" if decided.note else what] = None
+    return f"Routed experts: {'; '.join(found)}."
 
 
 def check_inference(model_args: Any, finetuning_args: Any, lora: LoraConfig | None = None) -> None:
@@ -79,7 +86,8 @@ def check_inference(model_args: Any, finetuning_args: Any, lora: LoraConfig | No
         check_installed("quantization_bit")
     refuse_quantised(f"model_name_or_path: {model_args.model_name_or_path}", model_config)
     with _in_its_words():
-        check_model(model_config, kt_config(model_args), largest_rank(model_args, finetuning_args), lora)
+        rank, stored = largest_rank(model_args, finetuning_args), stored_format(model_config)
+        check_model(model_config, kt_config(model_args), rank, lora, stored=stored)
 
 
 def _check_reference(model_args: Any, finetuning_args: Any) -> None:

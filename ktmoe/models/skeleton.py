@@ -25,7 +25,13 @@ if TYPE_CHECKING:
 
 
 def check_model(
-    model_config: Any, config: KTConfig, r: int, lora: LoraConfig | None = None, *, trust_remote_code: bool = False
+    model_config: Any,
+    config: KTConfig,
+    r: int,
+    lora: LoraConfig | None = None,
+    *,
+    stored: str | None = None,
+    trust_remote_code: bool = False,
 ) -> None:
     """Refuses, from the configuration alone, a model or an adapter that `attach` would refuse. Nothing is loaded.
 
@@ -34,6 +40,7 @@ def check_model(
         config: which backend.
         r: LoRA rank, where `lora` does not say it.
         lora: the adapter to come.
+        stored: the format of the experts' weights, as `plan` takes it.
         trust_remote_code: whether the model's own code may be run.
 
     Raises:
@@ -45,7 +52,7 @@ def check_model(
     for name, layer in found.items():
         on_device(config, layer.shape(), name)
     for shape in shapes:
-        plan(config, left_on_cpu(config, shape))
+        plan(config, left_on_cpu(config, shape), stored)
 
 
 def check_lora(lora: LoraConfig, model: nn.Module, found: Mapping[str, Layer]) -> int:
