@@ -11,15 +11,17 @@ import psutil
 import pytest
 import yaml
 from factory import save_model
-from helpers import free_port
+from helpers import free_port, run_python
 
 
 @pytest.fixture(autouse=True)
 def listening():
-    """What a shell has started in the background ignores SIGINT, and so would all that it starts."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    """What a shell starts in the background ignores SIGINT, what nohup starts SIGHUP; so would all that they start."""
+    wanted = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in wanted.items()}
     yield
-    signal.signal(signal.SIGINT, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +94,7 @@ def test_ctrl_c_ends_a_command(folder, tmp_path, arguments, begun, after):
     code, seconds, said = interrupted(folder, arguments.split(), begun, tmp_path / "tmp", after=after)
     assert code == 130
     assert seconds < 20
-    assert "Traceback" not in said
+    assert "Traceback" not in said, said
     assert not list((tmp_path / "tmp").iterdir())
     new = set(os.listdir(folder)) - before
     assert new <= {"out", "report"}, new
@@ -104,7 +106,24 @@ def test_ctrl_c_ends_a_training_of_several_processes(folder, tmp_path):
     code, seconds, said = interrupted(folder, ["train", "train.yaml"], "'loss'", tmp_path / "tmp", **several)
     assert code == 130
     assert seconds < 20
-    assert "Traceback" not in said
+    assert "Traceback" not in said, said
+
+
+def test_what_torchrun_passes_on_does_not_interrupt_a_second_time():
+    """The terminal has sent it already, and what runs by then ends the training."""
+    done = run_python("""
+        import os, signal
+        from ktmoe.llamafactory import worker
+
+        signal.signal(signal.SIGINT, worker._interrupted)
+        for _ in range(2):
+            try:
+                os.kill(os.getpid(), signal.SIGINT)
+                print("not interrupted")
+            except KeyboardInterrupt:
+                print("interrupted")
+    """)
+    assert done.stdout.split("\n") == ["interrupted", "not interrupted", ""], done.stderr
 
 
 def test_a_closed_terminal_leaves_no_section_of_a_verification(folder, tmp_path):
