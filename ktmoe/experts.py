@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ktmoe import devices
+from ktmoe import devices, memory
 from ktmoe.autograd import run_experts
 from ktmoe.backends import TABLE, Plan, build, is_kernel
 from ktmoe.config import KTConfig
@@ -167,6 +167,7 @@ class MoEExperts(nn.Module):
                 self.plan = ensure_verified(self.plan, backend.built_for, self.config)
             if is_kernel(self.plan):
                 backend, self.plan = probe(backend, self.plan, here, self.config)
+                memory.give_back()  # what packing and the probe had: the holes of many layers add up
             device = devices.accelerator()
             if self.on_device and device is not None:
                 backend = self._split(backend, whole, device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -32,6 +33,12 @@ def total(root: Path = ROOT) -> int:
         root: where `/proc` and `/sys` are.
     """
     return min([psutil.virtual_memory().total, *(most for most, _ in _limits(root))])
+
+
+def give_back() -> None:
+    """Returns to the system what this process has freed, as far as its C library can (glibc's `malloc_trim`)."""
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+        trim(0)
 
 
 def _limits(root: Path) -> Iterator[tuple[int, int]]:

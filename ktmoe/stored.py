@@ -14,6 +14,7 @@ from ktmoe.errors import KTError
 
 
 GROUP = 32  # columns that share a scale in INT4
+_AT_ONCE = 2**19  # numbers that are dequantised: a cache holds them, and the process's peak does not show them
 
 
 class Stored(Sequence[Tensor]):
@@ -55,6 +56,13 @@ class Stored(Sequence[Tensor]):
     def rows(self, e: int, start: int, stop: int) -> Tensor:
         """Some rows of an expert's matrix, [stop - start, in] fp32: exactly what is stored."""
 
+    def write(self, e: int, start: int, into: Tensor) -> None:
+        """Rows of an expert's matrix, from `start` on and as many as `into` has, in its dtype."""
+        step = max(1, _AT_ONCE // self.shape[2])
+        for at in range(0, len(into), step):
+            part = into[at : at + step]
+            part.copy_(self.rows(e, start + at, start + at + len(part)))
+
     def exact(self) -> Stored:
         """The same in fp32, which holds every product of a quantised number and its scale to 24 bits."""
         same = copy.copy(self)
@@ -76,7 +84,9 @@ class Stored(Sequence[Tensor]):
         """[out, in] of expert `e`."""
         if isinstance(e, slice):
             return [self[n] for n in range(*e.indices(len(self)))]
-        return self.rows(e, 0, self.shape[1]).to(self.dtype)
+        whole = torch.empty(self.shape[1:], dtype=self.dtype, device=self.device)
+        self.write(e, 0, whole)
+        return whole
 
     def row(self, e: int, n: int) -> Tensor:
         """[in]: row `n` of expert `e`, without the rest of its matrix."""

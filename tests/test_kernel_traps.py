@@ -362,6 +362,32 @@ def test_an_interrupted_call_ends_before_its_tensors(name):
 
 
 @every_kernel
+@pytest.mark.parametrize("tp", [1, 2])
+def test_k11_k34_what_objects_share_is_never_read_later(name, tp):
+    """Two layers of one size: LoRA and scales that another one has overwritten since, with NaN, are nobody's."""
+    shape = MoEShape(4, 128, 256, 2, 8)
+    cases = [draw(name, shape, 16, seed=seed) for seed in (3, 4)]
+    layers = [KernelBackend(name, c.weights, shape, scaling=2.0, tp=tp, threads=tp, max_len=64) for c in cases]
+    expected = [contract.answer(layer, case) for layer, case in zip(layers, cases, strict=True)]
+    mine, theirs = (layer._object for layer in layers)
+    shared = [t for t in (*mine.lora, *mine.scales) if any(t is other for other in (*theirs.lora, *theirs.scales))]
+    assert len(shared) == 4 + len(mine.scales)
+    calls = [
+        make_inputs(c.hidden_states, c.top_k_index, c.top_k_weights, c.lora, shape, torch.bfloat16) for c in cases
+    ]
+    saved = [layer.forward(inputs, save=True) for layer, inputs in zip(layers, calls, strict=True)]
+    for tensor in shared:
+        tensor.fill_(float("nan"))
+    for layer, inputs, case, (out, ticket), answer in zip(layers, calls, cases, saved, expected, strict=True):
+        assert layer.holds(ticket)
+        grads = layer.backward(ticket, inputs, case.grad_output)
+        again, _ = layer.forward(inputs, save=False)
+        got = [out, again, grads.hidden_states, grads.top_k_weights, *grads.lora]
+        wanted = [answer[0], answer[0], answer[1].hidden_states, answer[1].top_k_weights, *answer[1].lora]
+        assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
+
+
+@every_kernel
 def test_a_ticket_is_spent_by_a_call_that_is_interrupted(name, monkeypatch):
     """Ctrl-C right after the kernel's backward, which takes the activations off its cache, or after new LoRA."""
     backend, case = loaded(name, SMALL)

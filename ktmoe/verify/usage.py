@@ -11,6 +11,7 @@ from pathlib import Path
 
 import psutil
 
+from ktmoe import memory
 from ktmoe.cores import running_threads
 
 
@@ -27,9 +28,7 @@ def measure(process: psutil.Process) -> tuple[int, int, int, int, int]:
         process: this one.
     """
     gc.collect()
-    # Else a leak fills up freed memory first, 15 MiB in this run, and does not show for minutes.
-    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
-        trim(0)
+    memory.give_back()  # else a leak fills up freed memory first, 15 MiB in this run, and does not show for minutes
     threads, descriptors = process.num_threads(), process.num_fds() if hasattr(process, "num_fds") else 0
     try:
         lines = Path("/proc/self/smaps_rollup").read_text().splitlines()[1:]

@@ -71,7 +71,7 @@ FORMATS = {
         scale_block=(1, 32),
         scale_dtype=torch.bfloat16,
         rank=8,
-        cache_depth=4096,
+        cache_depth=256,  # each takes half a kilobyte of every layer
         all_experts=512,
     ),
 }

@@ -89,7 +89,6 @@ class KernelBackend(Backend):
         self.max_len = -(-max_len // 32) * 32
         self.int8 = Int8(requantised=share_backward, tp=tp) if kind == "AMXInt8" else None
         self._host = Host.get(threads, tp, nodes)
-        self._exact = TorchBackend(weights, shape, torch.float32)
         self._cached = STATELESS  # the ticket whose activations the kernel holds
         self._disk = packed
         made = self._pack(share_backward)
@@ -222,7 +221,8 @@ class KernelBackend(Backend):
 
     def _exact_backward(self, inputs: Inputs, grad_output: Tensor) -> Gradients:
         exact = Inputs(inputs.hidden_states.float(), inputs.top_k_index, inputs.top_k_weights, inputs.lora)
-        grads = self._exact.backward(STATELESS, exact, grad_output.float())
+        # Made for the call: its workspaces are two experts in fp32, and go with it.
+        grads = TorchBackend(self.weights, self.shape, torch.float32).backward(STATELESS, exact, grad_output.float())
         return Gradients(grads.hidden_states.to(self.compute_dtype), grads.top_k_weights, grads.lora)
 
     @contextmanager

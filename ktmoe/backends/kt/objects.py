@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import itertools
 import math
 import mmap
@@ -28,6 +29,7 @@ _SETTINGS = {
     "authoritative_optimizer_grads": True,  # K12: every gradient is overwritten, inactive experts with zero
 }
 _PRIVATE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS  # takes no memory until it is written
+_LIVE = ("gate_proj.lora_A", "up_proj.lora_A")  # LoRA that a backward reads again (K11)
 _LORA_FIELDS = ("gate_lora_a", "gate_lora_b", "up_lora_a", "up_lora_b", "down_lora_a", "down_lora_b")
 
 
@@ -35,14 +37,14 @@ _LORA_FIELDS = ("gate_lora_a", "gate_lora_b", "up_lora_a", "up_lora_b", "down_lo
 class KernelObject:
     """A kernel object with weights in its own buffers, and the LoRA tensors that it points to.
 
-    K11: gate_A and up_A are read live at every call, so the tensors live as long as the object. So do block scales:
-    the addresses that it was built with are read again at every load.
+    K11, K34: addresses that it was built with are read as long as it lives, those of LoRA at every call and those of
+    block scales at every load. What is always written just before it is read is one memory for all objects of a host.
     """
 
     moe: Any
     host: Host
     lora: list[Tensor]
-    scales: list[Tensor]  # of gate, up and down, as the source has them; none where it has no scales
+    scales: tuple[Tensor, ...]  # of gate, up and down, for a load; those of all objects of these sizes
     shape: MoEShape
     scaling: float
     max_len: int
@@ -55,7 +57,7 @@ class KernelObject:
     rows: int = 0  # the most tokens of a call so far: its activations have memory for as many
 
     def load(self, pointers: Sequence[int] | None) -> None:
-        """Packs weights. The caller holds the host's lock, and prepared `scales`, or what is read from disk.
+        """Packs weights. The caller holds the host's lock, and has filled `scales`, or what is read from disk.
 
         Args:
             pointers: to gate, up and down, [E, out, in] as the format has them; None: what it was built with.
@@ -109,6 +111,8 @@ class KernelObject:
         s = self.shape
         with mmap.mmap(-1, 2 * s.num_experts * s.hidden_size * s.intermediate_size, flags=_PRIVATE) as zeros:
             held = ctypes.c_char.from_buffer(zeros)
+            for scales in self.scales:
+                scales.zero_()
             self.load(None if self.from_disk else [ctypes.addressof(held)] * 3)
             del held
         for tensor in self.lora:
@@ -149,7 +153,7 @@ def create(
         share_backward: one repacked weight buffer for all layers instead of one each.
         sources: settings that say where its weights come from, or go to.
     """
-    lora = [torch.zeros(size, dtype=torch.bfloat16) for size in shape.lora_shapes().values()]
+    lora = [_lora_tensor(host, name, size) for name, size in shape.lora_shapes().items()]
     moe = host.extension.moe
     c = moe.MOESFTConfig(shape.num_experts, shape.top_k, shape.hidden_size, shape.intermediate_size)
     c.layer_idx = next(_LAYER_IDS)
@@ -160,7 +164,7 @@ def create(
     c.share_backward_bb = share_backward
     c.max_cache_depth = FORMATS[kind].cache_depth  # K8, K32
     fields = dict(zip(_LORA_FIELDS, (t.data_ptr() for t in lora), strict=True))
-    scales = _scales(kind, shape)
+    scales = _scales(kind, host, shape.num_experts, shape.hidden_size, shape.intermediate_size)
     fields |= {f"{p.removesuffix('_proj')}_scale": t.data_ptr() for p, t in zip(PROJECTIONS, scales, strict=False)}
     for name, value in (_SETTINGS | sources | fields).items():
         setattr(c, name, value)
@@ -173,13 +177,30 @@ def create(
     return KernelObject(made, host, lora, scales, shape, scaling, max_len, nbytes, from_disk, depth)
 
 
-def _scales(kind: str, shape: MoEShape) -> list[Tensor]:
-    """Memory for the block scales of gate, up and down: [E, out / rows, in / columns] each."""
+def _lora_tensor(host: Host, name: str, size: tuple[int, ...]) -> Tensor:
+    """Zeros: memory of the object's own where a backward reads it, which may come long after the forward."""
+    if name in _LIVE:
+        return torch.zeros(size, dtype=torch.bfloat16)
+    return _shared_lora_tensor(host, name, size)
+
+
+@functools.cache
+def _shared_lora_tensor(host: Host, name: str, size: tuple[int, ...]) -> Tensor:
+    """down_B is read by the forward that follows a refresh, the other three by the refresh alone (measured)."""
+    return torch.zeros(size, dtype=torch.bfloat16)
+
+
+@functools.cache
+def _scales(kind: str, host: Host, e: int, h: int, i: int) -> tuple[Tensor, ...]:
+    """Memory for the block scales of gate, up and down: [E, out / rows, in / columns] each.
+
+    The extension copies them when it loads, one object at a time on a host: one memory is enough for all. INT4's are
+    an eighth of what its layers take.
+    """
     if (block := FORMATS[kind].scale_block) is None:
-        return []
-    e, h, i = shape.num_experts, shape.hidden_size, shape.intermediate_size
+        return ()
     sizes = ((e, n // block[0], m // block[1]) for n, m in ((i, h), (i, h), (h, i)))
-    return [torch.ones(size, dtype=FORMATS[kind].scale_dtype) for size in sizes]
+    return tuple(torch.ones(size, dtype=FORMATS[kind].scale_dtype) for size in sizes)
 
 
 def contiguous(stack: Any, dtype: torch.dtype) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Protocol
 
@@ -145,15 +146,22 @@ def _multiply_transposed(grad: Tensor, stack: Stack, e: int, out: Tensor, add: b
 def _blocks(stack: Stack, e: int, like: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """A matrix [out, in] in the dtype of `like`: whole as it is, or block of rows by block."""
     if isinstance(stack, Stored):
-        (size, width), part = stack.shape[1:], lambda start, stop: stack.rows(e, start, stop)
+        size, width = stack.shape[1:]
+        write = functools.partial(stack.write, e)
     else:
         weight = stack[e]
         if weight.dtype == like.dtype:
             yield slice(0, len(weight)), weight
             return
-        (size, width), part = weight.shape, lambda start, stop: weight[start:stop]
+        size, width = weight.shape
+        write = functools.partial(_cast, weight)
     most = max(16, _BLOCK // (width * like.dtype.itemsize))
     for start in range(0, size, most):
         rows = slice(start, min(start + most, size))
         block = BUFFERS.workspace("weight", (rows.stop - rows.start, width), like)
-        yield rows, block.copy_(part(rows.start, rows.stop))
+        write(start, block)
+        yield rows, block
+
+
+def _cast(weight: Tensor, start: int, into: Tensor) -> None:
+    into.copy_(weight[start : start + len(into)])
