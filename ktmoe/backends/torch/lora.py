@@ -60,13 +60,13 @@ class ExpertLora:
 
     def down_backward(self, grad: Tensor, out: Tensor) -> None:
         """[n, H] -> out [n, I], the gradient of what down takes."""
-        self._grad, self._grad_low_down = grad, (grad @ self.b_down).mul_(self.scaling)
+        self._grad, self._grad_low_down = grad, _narrow(grad, self.b_down).mul_(self.scaling)
         _multiply(self._grad_low_down, self.a_down, out)
 
     def gate_up_backward(self, d_gate_up: Tensor, out: Tensor) -> None:
         """[n, 2 I] -> out [n, H], the gradient of what gate and up take."""
         d_gate, d_up = d_gate_up.chunk(2, 1)
-        low = torch.cat((d_gate @ self.b_gate, d_up @ self.b_up), 1).mul_(self.scaling)
+        low = torch.cat((_narrow(d_gate, self.b_gate), _narrow(d_up, self.b_up)), 1).mul_(self.scaling)
         self._d_gate_up, self._grad_low_gate_up = d_gate_up, low
         _multiply(low, self.a_gate_up, out)
 
@@ -75,21 +75,26 @@ class ExpertLora:
         (low_gate, low_up), low_down = (self.low.gate_up * weight).chunk(2, 1), self.low.down * weight
         grad_low_gate, grad_low_up = (self._grad_low_gate_up * weight).chunk(2, 1)
         d_gate, d_up = self._d_gate_up.chunk(2, 1)
-        factors = (
-            (grad_low_gate, self.x),
-            (d_gate, low_gate),
-            (grad_low_up, self.x),
-            (d_up, low_up),
-            (self._grad_low_down * weight, self.mid),
-            (self._grad, low_down),
-        )
-        for gradient, (outer, inner) in zip(gradients, factors, strict=True):
-            gradient.addmm_(outer.T, inner)
+        a_gate, b_gate, a_up, b_up, a_down, b_down = gradients
+        for gradient, low, wide in (
+            (a_gate, grad_low_gate, self.x),
+            (a_up, grad_low_up, self.x),
+            (a_down, self._grad_low_down * weight, self.mid),
+            (b_gate.T, low_gate, d_gate),
+            (b_up.T, low_up, d_up),
+            (b_down.T, low_down, self._grad),
+        ):
+            gradient.add_(low.T @ wide)  # [r, H] or [r, I]; a product with eight columns took up to five times as long
 
 
 def by_expert(tensors: Lora | Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
     """Six stacked tensors -> the six matrices of every expert, as views."""
     return list(zip(*(t.unbind(0) for t in tensors), strict=True))
+
+
+def _narrow(rows: Tensor, b: Tensor) -> Tensor:
+    """[n, m] x [m, r] -> [n, r]. From b's transpose in memory, which a copy of so few numbers makes twice as fast."""
+    return rows @ b.T.contiguous().T
 
 
 def _multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
