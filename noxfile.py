@@ -169,6 +169,9 @@ def perf(session: nox.Session) -> None:
     # As many threads as the host has: times of one process that runs alone.
     alone = {name: value for name, value in ENV.items() if name != "OMP_NUM_THREADS"}
     session.run("python", "bench/layers.py", "--sweeps", "tokens", "experts", "--out", "perf", env=alone)
+    formats = ("torch", "AMXBF16", "AMXInt8", "AMXFP8", "AMXInt4")
+    layers = ("python", "bench/layers.py", "--rows", "v2-lite", "--out", "perf/formats")
+    session.run(*layers, "--contestants", *formats, env=alone)
     whole = ("python", "bench/whole_step.py", "--out", "perf")
     session.run(*whole, "--contestants", "stock", "stock, huge pages", "ktmoe", env=alone)
     session.run(*whole, "--tokens", "8x64", "--batches", "new", "--checkpointing", "non-reentrant", "off", env=alone)

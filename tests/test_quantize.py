@@ -239,6 +239,15 @@ def test_the_remedy_makes_what_is_damaged_and_nothing_else(folder, damage, made)
     load(folder).close()
 
 
+def test_a_checkpoint_is_no_packed_folder(tmp_path):
+    """As `ktmoe quantize --format int4` writes one, which is for `model_name_or_path`."""
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(
+        KTError, match=r"is a checkpoint.* Name it in model_name_or_path, and leave kt_weight_path out"
+    ):
+        load(tmp_path)
+
+
 def test_other_weights_of_the_same_sizes(packed, monkeypatch):
     monkeypatch.setattr("ktmoe.gate.gate._run_gate", lambda *args: pytest.fail("refused too late"))
     with pytest.raises(KTError, match=r"none of the 3 layers.*they are of drawn"):

@@ -211,6 +211,11 @@ class PackedModel:
         manifest = self.path / MANIFEST
         if not self.path.is_dir():
             raise KTError(f"kt_weight_path: got {str(path)!r}, which is no folder. {_pack(out=self.path)}")
+        if not manifest.is_file() and (self.path / "config.json").is_file():  # `ktmoe quantize --format int4`, too
+            raise KTError(
+                f"kt_weight_path: {path} is a checkpoint, which the kernel packs while it loads. Name it in "
+                "model_name_or_path, and leave kt_weight_path out: it is for experts that are packed in INT8."
+            )
         if not manifest.is_file():
             raise KTError(
                 f"kt_weight_path: {path} has no {MANIFEST}, which is written when all layers are packed. "
