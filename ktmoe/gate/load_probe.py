@@ -9,6 +9,7 @@ whose output has another length. A misread or swapped expert stands out; one wit
 from __future__ import annotations
 
 import itertools
+from contextlib import closing
 from dataclasses import asdict, dataclass
 
 import torch
@@ -99,7 +100,8 @@ def _errors(
     x = torch.randn(n, backend.shape.hidden_size, generator=g).to(torch.bfloat16)  # [E, H]
     grad = torch.randn(n, backend.shape.hidden_size, generator=g).to(torch.bfloat16) if gradient else None
     # torch first: the kernel's threads spin on for 50 ms after a task, and would triple what torch takes.
-    exact = _answers(TorchBackend(weights, backend.shape, depth.dtype), x, grad)
+    with closing(TorchBackend(weights, backend.shape, depth.dtype)) as torch_backend:
+        exact = _answers(torch_backend, x, grad)
     _check_usable(exact, depth.dtype)
     one_in = 1 if always else depth.one_in
     chosen = range(next(_turns) % one_in, n, one_in) if backend.int8 else ()

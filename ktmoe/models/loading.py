@@ -87,7 +87,7 @@ def load_model(
     refuse_quantised(path, model_config)
     kind = stored_format(model_config)
     stored = forget_stored(model_config)
-    check_model(model_config, kt_config, r or 1, lora, stored=kind, trust_remote_code=trust)
+    check_model(model_config, kt_config, r or 1, lora, stored=kind or None, trust_remote_code=trust)
     checkpoint = Checkpoint(
         path,
         transformers_weights=getattr(model_config, "transformers_weights", None),

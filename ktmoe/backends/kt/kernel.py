@@ -11,7 +11,7 @@ import itertools
 import os
 import weakref
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -222,7 +222,8 @@ class KernelBackend(Backend):
     def _exact_backward(self, inputs: Inputs, grad_output: Tensor) -> Gradients:
         exact = Inputs(inputs.hidden_states.float(), inputs.top_k_index, inputs.top_k_weights, inputs.lora)
         # Made for the call: its workspaces are two experts in fp32, and go with it.
-        grads = TorchBackend(self.weights, self.shape, torch.float32).backward(STATELESS, exact, grad_output.float())
+        with closing(TorchBackend(self.weights, self.shape, torch.float32)) as backend:
+            grads = backend.backward(STATELESS, exact, grad_output.float())
         return Gradients(grads.hidden_states.to(self.compute_dtype), grads.top_k_weights, grads.lora)
 
     @contextmanager
